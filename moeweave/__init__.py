@@ -1,0 +1,1 @@
+"""Distributed MoE parallelism for PyTorch."""
