@@ -1,0 +1,75 @@
+"""Dispatch by all-gather: every token to every rank of the group.
+
+Wins when a token needs most of the group's ranks anyway (top-k at or above the group's size) and at few tokens, where
+one collective of known size beats an exchange of counts. The way back is a row a route ("exact", the default: the same
+bits as the all-to-all dispatcher), or one row a token and rank, summed by a reduce-scatter ("prereduced": fewer bytes,
+rounded once more).
+
+Legend: T tokens here, K routes a token, D width, R rows here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moeweave.comm.communicator import Communicator
+from moeweave.comm.dispatch import Dispatched
+from moeweave.comm.layout import Layout, gather_layout
+from moeweave.comm.pending import Pending
+from moeweave.comm.transfer import combine_prereduced, combine_routes, gather_rows, send_routes
+
+
+class AllGatherDispatcher:
+    """TokenDispatcher over `torch.distributed.all_gather_into_tensor`.
+
+    Args:
+        group: ranks that share the experts, None for this rank alone.
+        num_experts: experts over the whole group, a multiple of its size; rank r holds the r-th contiguous block.
+        combine: "exact" or "prereduced".
+    """
+
+    def __init__(self, group: ProcessGroup | None, num_experts: int, combine: str = "exact") -> None:
+        self.comm = Communicator(group)
+        self.num_experts = num_experts
+        self.prereduced = combine == "prereduced"
+
+    def layout(self, ids_TK: Tensor) -> Layout:
+        order, sends, receives, perm, offsets, route_R, max_tokens = gather_layout(
+            ids_TK, self.num_experts, self.comm.name
+        )
+        shape = ids_TK.shape
+        return Layout(order, sends, receives, perm, offsets, *shape, self.comm.name, route_R, max_tokens)
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
+        layout = handle or self.layout(ids_TK)
+        rows_RD = gather_rows(x_TD, *_gathered(layout), *layout.moves, layout.top_k, layout.group)
+        weights_R = self._weights_of_rows(weights_TK.detach(), layout) if self.prereduced else None
+        return Dispatched(rows_RD, None, weights_R, layout.offsets_e, layout)
+
+    def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
+        layout = dispatched.handle
+        if not self.prereduced:
+            return combine_routes(rows_RD, weights_TK, *layout.moves, layout.group)[0]
+        # Weights may differ from those dispatched with (a reused handle), so the rows' copies are taken from these.
+        weights_R = dispatched.weights_R
+        if weights_R is None:
+            weights_R = self._weights_of_rows(weights_TK.detach(), layout)
+        return combine_prereduced(rows_RD, weights_TK, weights_R, *_gathered(layout), *layout.moves, layout.group)
+
+    def dispatch_async(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None
+    ) -> Pending[Dispatched]:
+        return Pending.ready(self.dispatch(x_TD, ids_TK, weights_TK, handle=handle))
+
+    def combine_async(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        return Pending.ready(self.combine(rows_RD, weights_TK, dispatched))
+
+    def _weights_of_rows(self, weights_TK: Tensor, layout: Layout) -> Tensor:
+        """Weights [T, K] -> the weight of each row on its expert's rank [R]: routes sent as rows of width one."""
+        return send_routes(weights_TK.reshape(-1, 1), *layout.moves, None, 1, layout.group).squeeze(1)
+
+
+def _gathered(layout: Layout) -> tuple[Tensor, Tensor]:
+    assert layout.route_R is not None and layout.max_tokens is not None, "layout of another dispatcher"
+    return layout.route_R, layout.max_tokens

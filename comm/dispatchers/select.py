@@ -1,0 +1,79 @@
+"""Which dispatcher moves the tokens: by name, or `auto` from sizes that every rank knows alike."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from torch.distributed import ProcessGroup
+
+from moeweave.comm.dispatch import TokenDispatcher
+from moeweave.comm.dispatchers.allgather import AllGatherDispatcher
+from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
+
+logger = logging.getLogger("moeweave")
+
+# What each dispatcher can return: a row a route, or one row a token and rank. The first is its default.
+COMBINES: dict[str, tuple[str, ...]] = {"alltoall": ("exact",), "allgather": ("exact", "prereduced")}
+DISPATCHERS = (*COMBINES, "auto")
+
+
+def validate_choice(name: str, combine: str | None) -> None:
+    """Raise ValueError unless `name` is a dispatcher and `combine` (None: its default) one of its ways back."""
+    if name not in DISPATCHERS:
+        raise ValueError(f"dispatcher ({name!r}) must be one of {', '.join(DISPATCHERS)}.")
+    ways = sorted({way for each in COMBINES.values() for way in each}) if name == "auto" else COMBINES[name]
+    if combine is not None and combine not in ways:
+        raise ValueError(
+            f"combine ({combine!r}) must be one of {', '.join(ways)} with dispatcher={name!r}. "
+            "Leave it unset for the dispatcher's default."
+        )
+
+
+def choose(ep_size: int, top_k: int, combine: str | None) -> tuple[str, str]:
+    """-> dispatcher name and the reason. Depends only on arguments that are equal on every rank.
+
+    Bytes decide: an all-gather sends each token to ep_size - 1 ranks, an all-to-all a row for each remote route,
+    top_k * (ep_size - 1) / ep_size of them on average.
+    """
+    if combine == "prereduced":
+        return "allgather", "combine='prereduced' is what it offers"
+    if ep_size == 1:
+        return "alltoall", "one rank: a local permute"
+    if top_k >= ep_size:
+        return "allgather", f"top_k {top_k} >= ep {ep_size}: most tokens need most ranks"
+    return "alltoall", f"top_k {top_k} < ep {ep_size}: routed rows are fewer than gathered ones"
+
+
+def make_dispatcher(
+    name: str, group: ProcessGroup | None, num_experts: int, *, top_k: int = 1, combine: str | None = None
+) -> TokenDispatcher:
+    """A dispatcher over `group` (None: this rank alone).
+
+    Args:
+        name: "alltoall", "allgather" or "auto".
+        num_experts: experts over the whole group, a multiple of its size.
+        top_k: routes a token, for `auto`.
+        combine: "exact", "prereduced", or None for the dispatcher's default.
+
+    Raises:
+        ValueError: unknown name or combine; experts that do not divide over the group.
+    """
+    validate_choice(name, combine)
+    size = 1 if group is None else group.size()
+    if num_experts % size:
+        raise ValueError(
+            f"num_experts ({num_experts}) must be divisible by the expert group's size ({size}). "
+            f"Legal sizes: {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}."
+        )
+    if name == "auto":
+        name, reason = choose(size, top_k, combine)
+        _log_once(f"dispatcher auto -> {name}: {reason}")
+    if name == "allgather":
+        return AllGatherDispatcher(group, num_experts, combine or "exact")
+    return AllToAllDispatcher(group, num_experts)
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(message: str) -> None:
+    logger.info(message)
