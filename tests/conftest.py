@@ -1,0 +1,41 @@
+"""What every test gets: the same seeds, ranks that end with the session, and a skip where a device is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from nan_empty import nan_empty as nan_empty_memory
+from run_ranks import close_pools, seed_everything
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    ranks = item.get_closest_marker("ranks")
+    wanted = ranks.args[0] if ranks else 1
+    for device in ("gpu", "npu"):
+        if item.get_closest_marker(device) and (found := _device_count(device)) < wanted:
+            pytest.skip(f"needs {wanted} {device}, this machine has {found}")
+
+
+def pytest_unconfigure() -> None:
+    close_pools()
+
+
+@pytest.fixture(autouse=True)
+def _same_seeds() -> None:
+    seed_everything()
+
+
+@pytest.fixture
+def nan_empty() -> Iterator[None]:
+    """Uninitialised memory of this test's own process is NaN; on ranks use the context manager of nan_empty.py."""
+    with nan_empty_memory():
+        yield
+
+
+def _device_count(device: str) -> int:
+    if device == "gpu":
+        return torch.cuda.device_count() if torch.version.cuda else 0
+    npu = getattr(torch, "npu", None)  # torch_npu adds it when it can load
+    return npu.device_count() if npu is not None else 0
