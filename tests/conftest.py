@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from nan_empty import nan_empty as nan_empty_memory
 from run_ranks import close_pools, seed_everything
 

@@ -11,12 +11,13 @@ import torch.utils.deterministic
 
 @contextmanager
 def nan_empty() -> Iterator[None]:
-    """Within it, `empty`, `empty_like`, `new_empty` and the growth of `resize_` give NaN (integers: their largest value).
+    """Within it `empty`, `empty_like`, `new_empty` and a growing `resize_` give NaN (integers: their largest value).
 
     PyTorch fills them itself under deterministic algorithms, C++ callers included. In a test it is the fixture of
     the same name; ranks do not see that one, so a function that runs on ranks enters this context.
     """
-    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -24,7 +24,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, forkserver
@@ -99,7 +100,7 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, 
     if fresh:
         pool.kill()
     else:
-        _pools[n] = pool
+        _pools[n] = pool  # back only now: a case that starts ranks of its own meanwhile gets others
     return values
 
 
@@ -150,7 +151,9 @@ class _Pool:
             raise RankTimeout(f"ranks {sorted(blocked)} did not finish in {timeout:g} s", min(blocked), where)
         return [values[rank] for rank in range(len(self.pipes))]
 
-    def _collect(self, ranks, deadline: float, stop_at_failure: bool = False) -> tuple[dict[int, Any], list[_Failure]]:
+    def _collect(
+        self, ranks: Iterable[int], deadline: float, stop_at_failure: bool = False
+    ) -> tuple[dict[int, Any], list[_Failure]]:
         """Answers of `ranks` until all have come, the deadline is past, or (if asked) one is a failure."""
         waiting = {self.pipes[rank]: rank for rank in ranks}
         values: dict[int, Any] = {}
@@ -192,7 +195,8 @@ class _Pool:
                 os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.2 if ranks else 0)
         return {
-            rank: "still running, stopped here:\n" + Path(self.folder, f"stack-{rank}").read_text() for rank in sorted(ranks)
+            rank: "still running, stopped here:\n" + Path(self.folder, f"stack-{rank}").read_text()
+            for rank in sorted(ranks)
         }
 
     def kill(self) -> None:
@@ -230,13 +234,9 @@ def _start_server() -> None:
 
 
 def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has not yet made its own group, or has just gone
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    for kill in (os.killpg, os.kill):  # a rank that has only just started has no group of its own yet
+        with suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
 
 
 # ---- the ranks' side
@@ -246,7 +246,8 @@ def _rank_main(pipe: connection.Connection, rank: int, size: int, folder: str) -
     """Serves cases until the pipe closes."""
     os.setpgid(0, 0)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    faulthandler.register(signal.SIGUSR1, open(Path(folder, f"stack-{rank}"), "w"), all_threads=False)
+    stack_file = Path(folder, f"stack-{rank}").open("w")  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.register(signal.SIGUSR1, stack_file, all_threads=False)
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), size)
     cases: queue.Queue[tuple[int, list[str], str, bytes]] = queue.Queue()

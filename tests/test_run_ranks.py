@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from nan_empty import nan_empty
 from run_ranks import RankError, RankTimeout, run_ranks
 
@@ -72,13 +73,15 @@ def raise_in_one_rank(which: int) -> None:
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_rank_raises_while_the_other_waits_for_it(which):
     started = time.monotonic()
-    with pytest.raises(RankError, match=f"rank {which} of 2 failed: KeyError: 'the marble is gone'") as caught:
+    said = f"rank {which} of 2 failed: KeyError: 'the marble is gone'"
+    with pytest.raises(RankError, match=said) as caught:
         run_ranks(2, raise_in_one_rank, which)
     assert time.monotonic() - started < QUICK
     assert caught.value.rank == which
     assert "in raise_in_one_rank" in caught.value.reports[which]
-    assert "still running" in caught.value.reports[1 - which] and "all_reduce" in caught.value.reports[1 - which]
-    assert run_ranks(2, sum_of_ranks, torch.zeros(1))[1] == (1, torch.ones(1)), "the next case gets a whole pool"
+    assert "still running" in caught.value.reports[1 - which]
+    assert "all_reduce" in caught.value.reports[1 - which]
+    assert run_ranks(2, sum_of_ranks, torch.zeros(1)) == [(0, torch.ones(1)), (1, torch.ones(1))]
 
 
 def raise_in_turn() -> None:
@@ -105,7 +108,8 @@ def leave(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("exit", r"exit code 7"), ("kill", "killed by SIGKILL"), ("sys.exit", "SystemExit: not today")]
+    ("how", "said"),
+    [("exit", r"exit code 7"), ("kill", "killed by SIGKILL"), ("sys.exit", "SystemExit: not today")],
 )
 def test_one_rank_ends_its_process(how, said):
     started = time.monotonic()
@@ -149,7 +153,8 @@ def uninitialised_means() -> list[float]:
 
 
 def test_uninitialised_memory_is_nan_here_and_on_ranks(nan_empty):
-    assert torch.empty(7, 3).isnan().all() and torch.zeros(2).new_empty(4).isnan().all()
+    assert torch.empty(7, 3).isnan().all()
+    assert torch.zeros(2).new_empty(4).isnan().all()
     for means in run_ranks(2, uninitialised_means):
         assert all(mean != mean for mean in means)
 
@@ -180,9 +185,11 @@ def test_block():
 
 @pytest.fixture
 def session(tmp_path):
-    """Starts a test session of its own on one of the two tests above; gives the process and where its ranks are noted."""
+    """Starts a test session of its own on one of the tests above; gives the process and its folder of notes."""
     (tmp_path / "test_session.py").write_text(SESSION)
-    (tmp_path / "conftest.py").write_text("from run_ranks import close_pools\ndef pytest_unconfigure(): close_pools()\n")
+    (tmp_path / "conftest.py").write_text(
+        "from run_ranks import close_pools\ndef pytest_unconfigure(): close_pools()\n"
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "tmp").mkdir()
     notes = tmp_path / "notes"
@@ -237,7 +244,8 @@ def test_nothing_is_left_when_the_session_is_killed(session):
     process, notes = session("test_block")
     deadline = time.monotonic() + 100
     while not (notes / "blocked").exists() or len(list(notes.iterdir())) < 4:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.1)
     process.kill()
     process.wait()
