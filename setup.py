@@ -30,7 +30,7 @@ DEV = [
     "pytest-timeout",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
-    "setuptools>=70",
+    "setuptools>=70.1",
 ]
 
 setup(
