@@ -1,1 +1,34 @@
-"""Distributed MoE parallelism for PyTorch."""
+"""Distributed MoE parallelism for PyTorch: `import moeweave as mw`.
+
+Mesh          which ranks do what: dp, tp, pp, sp, ep
+Plan          policy: data engine, dispatcher, balance loss, compute dtype, recomputation
+parallelize   spread a Hugging Face or plain model over a mesh, in place
+"""
+
+from moeweave.parallel.adapter import MoEAdapter, UnsupportedModel, register_moe
+from moeweave.parallel.data import no_sync
+from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
+from moeweave.parallel.loss import forward_backward, global_tokens
+from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.parallelize import parallelize
+from moeweave.parallel.plan import Plan
+from moeweave.parallel.recompute import replay_routing
+from moeweave.parallel.record import expert_load
+from moeweave.parallel.verify import gradient_parity
+
+__all__ = [
+    "Mesh",
+    "MoEAdapter",
+    "Plan",
+    "UnsupportedModel",
+    "clip_grad_norm_",
+    "expert_load",
+    "forward_backward",
+    "global_tokens",
+    "gradient_parity",
+    "no_sync",
+    "parallelize",
+    "param_groups",
+    "register_moe",
+    "replay_routing",
+]

@@ -1,0 +1,56 @@
+"""An error on one rank becomes the same error on every rank, instead of the others waiting in a collective."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, incomplete, damaged, or does not fit; raised alike on every rank."""
+
+
+def everyones(value: Any) -> list[Any]:
+    """What each rank passed, in rank order, on every rank. Small picklable values; a collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Runs the body on every rank; when it raises anywhere, all ranks raise the lowest such rank's error.
+
+    The body must hold no collective that a failing rank would skip. Leaving the context is one.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    agree(error)
+
+
+def agree(error: Exception | None) -> None:
+    """Raises, on all ranks, the error of the lowest rank that has one. A collective."""
+    for rank, other in enumerate(everyones(None if error is None else _sendable(error))):
+        if other is not None:
+            raise error if error is not None and rank == _rank() else other
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # some exceptions cannot be rebuilt from their arguments
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,144 @@
+"""Data parallelism: FSDP2, HSDP or DDP on the dense view of the mesh, and the same engine's way for the experts.
+
+Convention, everywhere: a rank's loss is scaled so that the MEAN over data ranks is the global loss. Dense gradients are
+averaged over the data ranks. An expert's gradient already sums the tokens of every rank of its `ep` group, so it is
+summed over its copies and divided by the same number of data ranks, not by the number of copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from moeweave.parallel.adapter import MoEBlock
+from moeweave.parallel.expert import expert_list
+from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.plan import Plan
+
+
+def repeated_blocks(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]:
+    """The units of sharding and recomputation: entries of the outermost ModuleLists that hold experts.
+
+    For a transformer these are its decoder layers, dense ones included; a model without such a list has none.
+    """
+    lists: list[nn.ModuleList] = []
+    inside: set[int] = set()
+    homes = {block.block_path for block in blocks}
+    for path, module in model.named_modules():
+        if id(module) in inside or not isinstance(module, nn.ModuleList):
+            continue
+        prefix = f"{path}."
+        if not blocks or any(home.startswith(prefix) for home in homes):
+            lists.append(module)
+            inside.update(id(child) for child in module.modules())
+    return [entry for entry_list in lists for entry in entry_list]
+
+
+def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
+    """Shard or replicate `model`, in place. Experts that `ep` has sharded go over their own copies only."""
+    sharded = [block for block in blocks if mesh.sizes.ep > 1]
+    own = {id(param): param for block in sharded for param in _own_params(block)}
+    # Parameters inside an experts module that all experts share (a norm after them): dense, but each rank's gradient
+    # covers the rows of its own experts only, so it is summed over data ranks apart from the enclosing group.
+    shared = [p for block in sharded for p in block.experts.parameters() if id(p) not in own]
+    for param in shared:
+        _reduce_gradient(param, mesh.data_group, mesh.data_size)
+    apart = set(shared)
+    copies = mesh.sizes.edp * mesh.sizes.dp_replicate
+    if plan.data == "fsdp2" and copies > 1:
+        for block in sharded:
+            _fully_shard_experts(block.experts, set(shared), mesh, plan)
+    else:
+        for param in own.values():
+            _reduce_gradient(param, mesh.copies_group if copies > 1 else None, mesh.data_size)
+        apart |= set(own.values())
+    if mesh.data_size == 1 and plan.dtype is None:
+        return
+    if plan.data == "ddp":
+        if mesh.data_size > 1:
+            experts = [block.experts for block in sharded]
+            # A text-only step of a vision model leaves parameters without a gradient.
+            replicate(model, ignored_modules=experts, process_group=mesh.data_group, find_unused_parameters=True)
+        return
+    options: dict[str, Any] = {"mesh": _dense_mesh(mesh), "mp_policy": _precision(plan), "ignored_params": apart}
+    for unit in repeated_blocks(model, blocks):
+        fully_shard(unit, **options)
+    fully_shard(model, **options)
+
+
+def _own_params(block: MoEBlock) -> list[nn.Parameter]:
+    """Parameters that belong to single experts."""
+    if block.kind == "modulelist":
+        return list(expert_list(block).parameters())
+    return [block.experts.get_parameter(name) for name in block.params]
+
+
+def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: Mesh, plan: Plan) -> None:
+    expert_mesh = mesh.expert["dp_replicate", "edp"] if mesh.sizes.dp_replicate > 1 else mesh.expert["edp"]
+    edp = mesh.sizes.edp
+
+    def placement(param: nn.Parameter) -> Shard | None:
+        # dim 0 holds num_experts / ep experts here. Where the copies do not divide it, empty shards would break saving.
+        local_shape = param.to_local().shape if isinstance(param, DTensor) else param.shape
+        even = [dim for dim, size in enumerate(local_shape) if size % edp == 0]
+        return Shard(even[0]) if even else None
+
+    fully_shard(
+        experts, mesh=expert_mesh, mp_policy=_precision(plan), shard_placement_fn=placement, ignored_params=ignored
+    )
+    assert isinstance(experts, FSDPModule)
+    experts.set_gradient_divide_factor(float(mesh.data_size))
+    if edp > 1:
+        # Another factor than the group's size goes through PREMUL_SUM, which gloo lacks and NCCL rounds to zero in bf16
+        # (pytorch/pytorch#190747). With one shard there is no reduce-scatter, and forcing the sum would divide twice.
+        experts.set_force_sum_reduction_for_comms(True)
+
+
+def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, data_size: int) -> None:
+    """For a parameter outside FSDP and DDP: sum each new gradient over `group` and divide it by the data ranks."""
+
+    def hook(grad: Tensor) -> Tensor:
+        if group is None:
+            return grad / data_size
+        local = (grad.to_local() if isinstance(grad, DTensor) else grad).contiguous()
+        dist.all_reduce(local, group=group)
+        local /= data_size
+        if isinstance(grad, DTensor):
+            return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False)
+        return local
+
+    if param.requires_grad and data_size > 1:
+        param.register_hook(hook)
+
+
+def _dense_mesh(mesh: Mesh) -> Any:
+    return mesh.dense["dp_replicate", "dp_shard"] if mesh.sizes.dp_replicate > 1 else mesh.dense["dp_shard"]
+
+
+def _precision(plan: Plan) -> MixedPrecisionPolicy:
+    if plan.torch_dtype is None:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=plan.torch_dtype, reduce_dtype=torch.float32)
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside accumulate gradients of dense and FSDP parameters without reducing them; the first one
+    outside reduces the sum."""
+    engine: Any = model
+    if not hasattr(model, "set_requires_gradient_sync"):
+        yield
+        return
+    engine.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        engine.set_requires_gradient_sync(True)

@@ -1,0 +1,212 @@
+"""Expert parallelism: replaces the call `experts(hidden, ids, weights)` and nothing else.
+
+Each rank of the mesh axis `ep` keeps a contiguous block of the experts. A call then is
+
+    1. dispatch   tokens to the ranks of their experts
+    2. experts    this rank's, on rows sorted by expert (one grouped GEMM a projection where the layout is known)
+    3. combine    the weighted sum back on the tokens' ranks
+
+Parameters become DTensors, Shard(0) over `ep`, under their own names.
+
+Legend: T tokens here, K routes a token, D width, R rows here, E experts, e experts of this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from moeweave.comm.dispatch import TokenDispatcher
+from moeweave.comm.dispatchers.select import make_dispatcher
+from moeweave.comm.load import count_routes
+from moeweave.moe.balance import apply_capacity
+from moeweave.moe.experts import ExpertWeights, local_experts
+from moeweave.parallel.adapter import MoEBlock
+from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.plan import Plan
+
+
+def shard_experts(block: MoEBlock, mesh: Mesh) -> None:
+    """Keep this rank's block of the experts: slices as DTensors over `ep`, or the ModuleList entries it owns.
+
+    Raises:
+        ValueError: the number of experts does not divide over `ep`.
+    """
+    mesh.sizes.check_experts(block.num_experts, block.path or type(block.experts).__name__)
+    if mesh.sizes.ep == 1:
+        return
+    ep_mesh = mesh.expert["ep"]
+    if block.kind == "modulelist":
+        _drop_remote(block, ep_mesh.get_local_rank(), ep_mesh.size())
+        return
+    for name in block.params:
+        param = block.experts.get_parameter(name)
+        sharded = distribute_tensor(param.detach(), ep_mesh, [Shard(0)], src_data_rank=None)
+        # A clone: the slice would keep the whole parameter alive.
+        local = sharded.to_local().clone(memory_format=torch.contiguous_format)
+        sharded = DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
+        block.experts.register_parameter(name, nn.Parameter(sharded, requires_grad=param.requires_grad))
+
+
+def _drop_remote(block: MoEBlock, ep_rank: int, ep_size: int) -> None:
+    experts = expert_list(block)
+    per_rank = len(experts) // ep_size
+    for index in range(len(experts)):
+        if index // per_rank != ep_rank:
+            # A hole keeps the indices, and so the names, of the experts that stay.
+            experts._modules[str(index)] = None
+
+
+def expert_list(block: MoEBlock) -> nn.ModuleList:
+    """The ModuleList of a "modulelist" block."""
+    if isinstance(block.experts, nn.ModuleList):
+        return block.experts
+    return next(child for child in block.experts.children() if isinstance(child, nn.ModuleList))
+
+
+class ExpertCall:
+    """What stands in for an experts module's forward.
+
+    Attributes:
+        load_E: int64 routes per expert (whole range) of this rank's tokens since `reset`, recomputation not counted.
+        kept_E: the same, after capacity dropped some; stays zero without a capacity.
+        masked: while True this rank's tokens are routed nowhere; it only serves the other ranks' rows.
+    """
+
+    def __init__(self, block: MoEBlock, dispatcher: TokenDispatcher, plan: Plan, mesh: Mesh) -> None:
+        self.block = block
+        self.dispatcher = dispatcher
+        self.plan = plan
+        self.num_local = block.num_experts // mesh.sizes.ep
+        self.first_local = mesh.expert.get_local_rank("ep") * self.num_local
+        self.own_forward = type(block.experts).forward
+        self.run_local = {"packed": self._packed, "stacked": self._stacked, "modulelist": self._listed}[block.kind]
+        self.deltas: dict[str, Callable[[Tensor, int, int], Tensor]] = {}
+        self.masked = False
+        self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)
+        self.kept_E = torch.zeros_like(self.load_E)
+
+    def reset(self) -> None:
+        """Forget the load counted so far."""
+        self.load_E.zero_()
+        self.kept_E.zero_()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden, ids_TK, weights_TK = _seam_arguments(self.own_forward, args, kwargs)
+        x_TD = hidden.reshape(-1, hidden.shape[-1])
+        ids_TK, weights_TK = self._routes(ids_TK, weights_TK)
+        dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
+        y_TD = self.dispatcher.combine(rows_RD, weights_TK, dispatched)
+        return y_TD.to(hidden.dtype).view(hidden.shape)
+
+    def _routes(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and weights in the dispatcher's convention (-1 is not routed), counted, capacity applied."""
+        num_experts = self.block.num_experts
+        ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1]).to(torch.int64)
+        weights_TK = weights_TK.reshape(ids_TK.shape[0], -1)
+        if weights_TK.shape[1] != ids_TK.shape[1]:
+            weights_TK = weights_TK.gather(1, ids_TK.clamp(0, num_experts - 1))
+        if self.masked:
+            ids_TK = torch.full_like(ids_TK, -1)
+        count_routes(self.load_E, ids_TK)
+        if self.plan.capacity is not None:
+            per_expert = math.ceil(self.plan.capacity * ids_TK.numel() / num_experts)
+            ids_TK, weights_TK, _ = apply_capacity(ids_TK, weights_TK, per_expert, by=self.plan.drop)
+            count_routes(self.kept_E, ids_TK)
+        return ids_TK, weights_TK
+
+    def _local(self, name: str) -> Tensor:
+        """This rank's slice of a parameter, in the compute dtype, low-rank deltas added."""
+        param = getattr(self.block.experts, name)
+        param = param.to_local() if isinstance(param, DTensor) else param
+        if self.plan.torch_dtype is not None and param.is_floating_point():
+            param = param.to(self.plan.torch_dtype)
+        delta = self.deltas.get(name)
+        return param if delta is None else delta(param, self.first_local, self.num_local)
+
+    def _packed(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
+        experts: Any = self.block.experts
+        up = "gate_up_proj" if experts.has_gate else "up_proj"
+        bias = experts.has_bias
+        weights = ExpertWeights(
+            gate_up=self._local(up),
+            down=self._local("down_proj"),
+            gate_up_bias=self._local(f"{up}_bias") if bias else None,
+            down_bias=self._local("down_proj_bias") if bias else None,
+            is_transposed=experts.is_transposed,
+            apply_gate=experts._apply_gate if experts.has_gate else experts.act_fn,
+            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+        )
+        return local_experts(weights, rows_RD.to(weights.gate_up.dtype), offsets_e)
+
+    def _stacked(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
+        """The module's own forward, with this rank's slices as its parameters and one route of weight 1 a row."""
+        if rows_RD.shape[0] == 0:
+            # Most forwards cannot run on no row: one dummy keeps the graph whole, and none of its output is used.
+            rows = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
+            return self._stacked(rows, torch.ones_like(offsets_e))[:0] + rows_RD
+        expert_R1 = torch.searchsorted(offsets_e, torch.arange(rows_RD.shape[0], device=offsets_e.device), right=True)
+        local = {name: self._local(name) for name in self.block.params}
+        if "num_experts" in vars(self.block.experts):
+            local["num_experts"] = self.num_local
+        with _shadowed(self.block.experts, local):
+            ones = torch.ones(rows_RD.shape[0], 1, dtype=rows_RD.dtype, device=rows_RD.device)
+            return self.own_forward(self.block.experts, rows_RD, expert_R1.unsqueeze(1), ones)
+
+    def _listed(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
+        experts = expert_list(self.block)
+        outputs, start = [], 0
+        for local, end in enumerate(offsets_e.tolist()):
+            # Experts without rows run too: their parameters get zero gradients, not none.
+            outputs.append(experts[self.first_local + local](rows_RD[start:end]))
+            start = end
+        return torch.cat(outputs)
+
+
+def _seam_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """(hidden, ids, weights) of a call, whichever of the last two comes first: ids are the integers."""
+    names = list(forward.__code__.co_varnames[1 : forward.__code__.co_argcount]) if kwargs else []
+    tensors = [*args, *(kwargs[name] for name in names if name in kwargs)] if names else list(args)
+    tensors += [value for name, value in kwargs.items() if name not in names]
+    hidden, second, third = tensors[:3]
+    return (hidden, third, second) if second.is_floating_point() else (hidden, second, third)
+
+
+@contextmanager
+def _shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """Attributes of the instance that hide the module's parameters of the same names while the block runs."""
+    before = {name: module.__dict__[name] for name in values if name in module.__dict__}
+    module.__dict__.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del module.__dict__[name]
+        module.__dict__.update(before)
+
+
+def install_expert_call(block: MoEBlock, top_k: int, mesh: Mesh, plan: Plan, parent: nn.Module) -> ExpertCall:
+    """Put an `ExpertCall` in place of the experts' forward (or, for an adapted block, of the block's)."""
+    ep = mesh.sizes.ep
+    group = mesh.group("ep") if ep > 1 else None
+    dispatcher = make_dispatcher(plan.dispatcher, group, block.num_experts, top_k=top_k, combine=plan.combine)
+    call = ExpertCall(block, dispatcher, plan, mesh)
+    if block.adapter is None:
+        block.experts.forward = call
+        return call
+    adapter = block.adapter
+
+    def forward(x: Tensor) -> Any:
+        x_TD = x.reshape(-1, x.shape[-1])
+        ids_TK, weights_TK = adapter.route(parent, x_TD)
+        return adapter.output(parent, x, call(x_TD, ids_TK, weights_TK))
+
+    parent.forward = forward
+    return call

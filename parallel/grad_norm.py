@@ -1,0 +1,105 @@
+"""One global gradient norm over parameters that live on different meshes, each logical parameter counted once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from moeweave.parallel.record import Record, record_of
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`.
+
+    Collective: every rank calls it.
+
+    Args:
+        model: from `parallelize`, after backward.
+        max_norm: positive. norm_type: p of the norm, or inf.
+
+    Returns:
+        The norm before scaling, float32 scalar, equal on every rank.
+    """
+    record = record_of(model)
+    grads = [(param.grad, _is_rank_local(name, record)) for name, param in model.named_parameters() if param.grad is not None]
+    norm = _global_norm(grads, norm_type, record)
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for grad, _ in grads:
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        local.mul_(scale.to(local.device, local.dtype))
+    return norm
+
+
+def _is_rank_local(name: str, record: Record) -> bool:
+    """True for the parameters of experts in a ModuleList: other ranks hold other ones, under other names."""
+    if record.mesh.sizes.ep == 1:
+        return False
+    return any(name.startswith(f"{b.path}.") for b in record.blocks if b.kind == "modulelist")
+
+
+def _global_norm(grads: list[tuple[Tensor, bool]], p: float, record: Record) -> Tensor:
+    """Sum |g|^p over local shards, then over exactly the mesh axes that shard them."""
+    device = record.mesh.device
+    infinite = p == float("inf")
+    totals: dict[tuple[str, ...], Tensor] = {}
+    groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
+    for grad, rank_local in grads:
+        sharding = _sharding_groups(grad)
+        if rank_local:
+            sharding["ep"] = record.mesh.group("ep")
+        # Axis names are the same on every rank, and so is their order: the collectives below line up.
+        key = tuple(sorted(sharding))
+        groups[key] = list(sharding.values())
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        value = torch.linalg.vector_norm(local, p, dtype=torch.float32).to(device) if local.numel() else _zero(device)
+        term = value if infinite else value**p
+        before = totals.get(key, _zero(device))
+        totals[key] = torch.maximum(before, term) if infinite else before + term
+    total = _zero(device)
+    for key in sorted(totals):
+        part = totals[key]
+        for group in groups[key]:
+            dist.all_reduce(part, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
+        total = torch.maximum(total, part) if infinite else total + part
+    return total if infinite else total ** (1.0 / p)
+
+
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def _sharding_groups(grad: Tensor) -> dict[str, dist.ProcessGroup]:
+    """Axes over which the shards of a DTensor are spread, with their groups; its replicas count once."""
+    if not isinstance(grad, DTensor):
+        return {}
+    mesh = grad.device_mesh
+    return {
+        (mesh.mesh_dim_names or ())[axis]: mesh.get_group(axis)
+        for axis, placement in enumerate(grad.placements)
+        if not isinstance(placement, Replicate) and mesh.size(axis) > 1
+    }
+
+
+def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Parameters for an optimizer, one group a mesh: fused and foreach optimizers refuse to mix them in one.
+
+    Args:
+        options: put into every group, e.g. lr=1e-3, weight_decay=0.1.
+
+    Returns:
+        Groups in a fixed order; only parameters that require gradients.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(mw.param_groups(model, lr=1e-3))
+    """
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for param in model.parameters():
+        if param.requires_grad:
+            kind = param.device_mesh if isinstance(param, DTensor) else None
+            groups.setdefault(kind, []).append(param)
+    return [{"params": params, **options} for params in groups.values()]

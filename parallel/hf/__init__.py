@@ -1,0 +1,1 @@
+"""What this library knows of transformers and peft: adapters, model building, Hugging Face checkpoints."""

@@ -1,0 +1,115 @@
+"""Which part of a whole tensor a rank holds: boxes, half-open intervals [start, stop) per dim.
+
+A plain tensor is held whole: one box. A DTensor shard is one box too, unless strided placements scatter it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+Box = tuple[tuple[int, int], ...]
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box of all of a tensor of this shape."""
+    return tuple((0, size) for size in shape)
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
+
+
+def box_slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)
+
+
+def intersect(one: Box, other: Box) -> Box | None:
+    """What both boxes hold, None when that is nothing."""
+    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return both if all(start < stop for start, stop in both) else None
+
+
+def contains(outer: Box, inner: Box) -> bool:
+    return all(a <= c and d <= b for (a, b), (c, d) in zip(outer, inner, strict=True)) or 0 in box_shape(inner)
+
+
+def shift(box: Box, origin: Box) -> Box:
+    """The box as seen from the start of `origin`."""
+    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, origin, strict=True))
+
+
+def local_pieces(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
+    """The boxes of the whole tensor that this rank holds, each with the view of local memory that stores it.
+
+    Raises RuntimeError when the local tensor has another shape than its placements say.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return [(whole(tensor.shape), tensor)]
+    local = tensor.to_local()
+    boxes = shard_boxes(tensor.shape, tensor.device_mesh, tensor.placements)
+    held = [sum(b - a for a, b in runs) for runs in boxes]
+    if tuple(held) != tuple(local.shape) and local.numel() + torch.Size(held).numel() > 0:
+        raise RuntimeError(
+            f"a DTensor of shape {tuple(tensor.shape)} placed {tensor.placements} holds {tuple(local.shape)} locally, "
+            f"expected {tuple(held)}."
+        )
+    pieces = []
+    for combination in product(*(_with_offsets(runs) for runs in boxes)):
+        box = tuple(run for run, _ in combination)
+        view = local[tuple(slice(at, at + stop - start) for (start, stop), at in combination)]
+        if view.numel():
+            pieces.append((box, view))
+    return pieces
+
+
+def shard_boxes(
+    shape: Sequence[int],
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    coordinate: Sequence[int] | None = None,
+) -> list[list[tuple[int, int]]]:
+    """Per dim, the intervals that the rank at `coordinate` (default: this rank) holds, in local order.
+
+    Example: shape (8,) on mesh (edp=2, ep=2) placed (_StridedShard(0, split_factor=2), Shard(0)) at coordinate (1, 0)
+    gives [[(2, 4)]].
+
+    Raises RuntimeError for a placement that is neither replicated nor sharded.
+    """
+    at = mesh.get_coordinate() if coordinate is None else coordinate
+    assert at is not None, "this rank is not part of the mesh"
+    indices = [torch.arange(size) for size in shape]
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Replicate):
+            continue
+        if isinstance(placement, _StridedShard):
+            split: Shard = _StridedShard(0, split_factor=placement.split_factor)  # type: ignore[assignment]
+        elif isinstance(placement, Shard):
+            split = Shard(0)
+        else:
+            raise RuntimeError(f"placement {placement} of a parameter cannot be saved or loaded: reduce it first.")
+        dim = placement.dim % len(shape)
+        parts, _ = split._split_tensor(indices[dim], mesh.size(axis), with_padding=False, contiguous=False)
+        indices[dim] = parts[at[axis]]
+    return [_runs(index) for index in indices]
+
+
+def _runs(index: torch.Tensor) -> list[tuple[int, int]]:
+    if index.numel() == 0:
+        return [(0, 0)]
+    breaks = (index.diff() != 1).nonzero().flatten() + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in index.tensor_split(breaks)]
+
+
+def _with_offsets(runs: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
+    at, placed = 0, []
+    for start, stop in runs:
+        placed.append(((start, stop), at))
+        at += stop - start
+    return placed

@@ -1,0 +1,168 @@
+"""Between a model's parameter names and the keys of its files on disk, by transformers' own conversion mapping.
+
+Everything here that leans on transformers' internals is in this file (`transformers.core_model_loading` and
+`transformers.conversion_mapping`, alike from 5.0 on). Both directions work on lazy tensors, so they read nothing: they
+say, for a parameter, which slices of which keys it is made of, and for a key, which slices of which parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeweave.parallel.agreement import CheckpointError
+from moeweave.parallel.hf.lazy import LazyTensor
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether `model` is a transformers model (asked without importing transformers)."""
+    return hasattr(model, "config") and any(
+        base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__
+    )
+
+
+def model_class(model: nn.Module) -> Any:
+    """The class the model was built from: FSDP puts one of its own before it."""
+    return next(base for base in type(model).__mro__ if not base.__module__.startswith("torch."))
+
+
+def blueprint(model: Any) -> Any:
+    """A model of the same class and config with its parameters on meta and its buffers real.
+
+    It is what transformers' mappings are asked with, because they go by class names, which FSDP changes, and it holds
+    the values of buffers that only a constructor computes (rotary frequencies).
+    """
+    config = copy.deepcopy(model.config)
+    dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
+
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+        return None if param.is_meta else nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(to_meta)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            twin = model_class(model)._from_config(config, dtype=dtype)
+    finally:
+        handle.remove()
+    if (conversions := vars(model).get("_weight_conversions")) is not None:
+        twin._weight_conversions = conversions
+    return twin
+
+
+def computed_buffers(twin: Any) -> dict[str, Tensor]:
+    """The buffers of a blueprint that no checkpoint holds, by name."""
+    persistent = set(twin.state_dict())
+    return {name: buffer for name, buffer in twin.named_buffers() if name not in persistent}
+
+
+def tied_names(twin: Any) -> dict[str, str]:
+    """Names that the config ties to others: {tied name: name of the weight it shares}."""
+    return dict(getattr(twin, "all_tied_weights_keys", None) or {})
+
+
+def ignored_on_save(twin: Any) -> set[str]:
+    return set(twin._keys_to_ignore_on_save or ())
+
+
+def keep_in_fp32(twin: Any, names: Iterable[str], dtype: torch.dtype) -> list[str]:
+    """Which of `names` stay float32 in a model of a half precision `dtype`, as transformers keeps them."""
+    patterns = set(twin._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns |= set(twin._keep_in_fp32_modules_strict or ())
+    found = [re.compile(pattern.replace("*", ".*")) for pattern in patterns]
+    return [name for name in names if any(pattern.search(name) for pattern in found)]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a folder's keys make a model's parameters.
+
+    Attributes:
+        values: per parameter or buffer name, a lazy tensor over the keys it is made of.
+        keys: the keys behind each name.
+        unexpected: keys that nothing in the model takes.
+        conversions: the mapping that was used; kept on the model, saving reverts it.
+    """
+
+    values: dict[str, LazyTensor]
+    keys: dict[str, list[str]]
+    unexpected: list[str]
+    conversions: list[Any]
+
+
+def plan_reading(twin: Any, disk: Mapping[str, LazyTensor]) -> Reading:
+    """Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, on lazy tensors.
+
+    Raises CheckpointError when the keys of a parameter cannot be put together.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(twin)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    model_state, prefix = twin.state_dict(), twin.base_model_prefix
+
+    groups: dict[str, Any] = {}
+    group_keys: dict[str, list[str]] = {}
+    unexpected = []
+    for key in sorted(disk, key=_natural):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, model_state)
+        if name not in model_state and key in model_state:
+            name, pattern = rename_source_key(key, [], [], prefix, model_state)
+        if name not in model_state:
+            unexpected.append(key)
+            continue
+        if name not in groups:
+            # Each target has a converter of its own, which collects its tensors.
+            groups[name] = WeightRenaming(key, name) if pattern is None else copy.deepcopy(by_pattern[pattern])
+        groups[name].add_tensor(name, key, key if pattern is None else pattern, disk[key])
+        group_keys.setdefault(name, []).append(key)
+
+    values: dict[str, LazyTensor] = {}
+    keys: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        for target, value in _convert(group, name, twin, group_keys[name]).items():
+            values[target] = value[0] if isinstance(value, list) else value
+            keys[target] = group_keys[name]
+    used = [one for one in mapping if not hasattr(one, "was_used") or one.was_used()]
+    return Reading(values, keys, unexpected, used)
+
+
+def _convert(group: Any, name: str, twin: Any, keys: list[str]) -> Any:
+    try:
+        result = group.convert(name, model=twin, config=twin.config)
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} cannot be put together from {_listed(keys)}: {' '.join(str(error).split())}. "
+            "The folder may lack some of its keys, or be of another model."
+        ) from error
+    return result[0] if isinstance(result, tuple) else result
+
+
+def plan_writing(twin: Any, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The keys of the model's files on disk as lazy tensors over its parameters and buffers."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(twin, dict(state)))
+
+
+def _natural(key: str) -> list[tuple[Any, ...]]:
+    """Sorts experts.2 before experts.10, and w2 before w10: the order in which lists of keys are stacked."""
+    order: list[tuple[Any, ...]] = []
+    for part in key.split("."):
+        text = part.rstrip("0123456789")
+        number = int(part[len(text) :]) if len(text) < len(part) else -1
+        order.append((1, text, number) if text else (0, "", number))
+    return order
+
+
+def _listed(keys: list[str]) -> str:
+    return f"{keys[0]!r}" if len(keys) == 1 else f"{len(keys)} keys ({keys[0]!r} to {keys[-1]!r})"

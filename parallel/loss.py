@@ -1,0 +1,213 @@
+"""One true loss over ranks with different batches.
+
+Hugging Face models average over the labels of the batch they are given, and balance experts over its tokens. Over data
+ranks both must mean the global batch:
+
+    loss      the sum over a rank's labels, divided by the mean number of labels a rank (`global_tokens`, passed as
+              `num_items_in_batch`), so that the mean over ranks is the mean over all labels
+    aux loss  expert counts and probabilities summed over data ranks before they are multiplied
+
+Legend: B sequences, S positions, T tokens here, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moeweave.parallel.data import no_sync
+from moeweave.parallel.record import Record, record_of
+
+IGNORED_LABEL = -100
+
+
+def global_tokens(labels: Tensor, *, shifted: bool = False) -> Tensor:
+    """What a sum over this rank's labels is divided by: the mean over all ranks of the number of labels that count.
+
+    With this denominator the mean of the ranks' losses, which is what data parallelism optimises, is the mean over all
+    labels of the global batch. Collective: every rank calls it.
+
+    Args:
+        labels: int64 [B, S], -100 where there is nothing to predict.
+        shifted: True if position s holds the label of position s; False (as Hugging Face has it) if the model predicts
+            labels[:, 1:].
+
+    Returns:
+        float32 scalar, at least 1 / ranks.
+    """
+    counted = labels if shifted else labels[..., 1:]
+    count = (counted != IGNORED_LABEL).sum().to(torch.float32)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1.0 / (dist.get_world_size() if dist.is_initialized() else 1))
+
+
+def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int = 1) -> Tensor:
+    """Forward and backward of one batch on every mesh and engine; gradients accumulate in `.grad`.
+
+    Args:
+        model: from `parallelize`. Its forward takes `batch` as keywords and returns a loss, or an object with `.loss`.
+        batch: this rank's part; tensors share dim 0, which is split into the micro-batches.
+        microbatches: parts to run one after the other; gradients are reduced over ranks with the last.
+
+    Returns:
+        The global loss, detached: the mean over data ranks.
+
+    Raises:
+        ValueError: fewer rows than micro-batches. TypeError: the model returned no loss.
+    """
+    record = record_of(model)
+    parts = _split(batch, microbatches)
+    labels = batch.get("shift_labels", batch.get("labels"))
+    extra: dict[str, Any] = {}
+    if microbatches > 1 and labels is not None and record.takes_num_items and "num_items_in_batch" not in batch:
+        extra["num_items_in_batch"] = global_tokens(labels, shifted="shift_labels" in batch)
+    share = 1.0 if extra else 1.0 / microbatches
+    record.aux_share = 1.0 / microbatches if extra else 1.0
+    total: Tensor | None = None
+    try:
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            loss = loss_of(model(**part, **extra)) * share
+            if last:
+                loss.backward()
+            else:
+                with no_sync(model):
+                    loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+    finally:
+        record.aux_share = 1.0
+    assert total is not None
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return total
+
+
+def loss_of(output: Any) -> Tensor:
+    """The scalar loss in what a model returned."""
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(
+            f"The model returned {type(output).__name__} without a scalar loss. Pass labels in the batch, or let "
+            "forward return the loss or an object with .loss."
+        )
+    return loss
+
+
+def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    if parts == 1:
+        return [batch]
+    rows = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()}
+    if parts < 1 or any(n < parts for n in rows):
+        raise ValueError(
+            f"microbatches ({parts}) must be between 1 and the rows of the batch ({min(rows, default=0)})."
+        )
+    pieces = {
+        name: value.tensor_split(parts) if isinstance(value, Tensor) and value.dim() else [value] * parts
+        for name, value in batch.items()
+    }
+    return [{name: piece[index] for name, piece in pieces.items()} for index in range(parts)]
+
+
+def install_loss_hooks(model: nn.Module, record: Record) -> None:
+    """Make `model(**batch).loss` the rank's share of the global loss."""
+    forward = inspect.signature(model.forward)
+    record.takes_num_items = hasattr(model, "loss_function") and any(
+        p.kind is p.VAR_KEYWORD or name == "num_items_in_batch" for name, p in forward.parameters.items()
+    )
+    if record.mesh.data_size == 1:
+        return
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not record.takes_num_items or kwargs.get("num_items_in_batch") is not None:
+            return args, kwargs
+        given = forward.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        labels = given.get("shift_labels", given.get("labels"))
+        if labels is not None:
+            kwargs = {**kwargs, "num_items_in_batch": global_tokens(labels, shifted="shift_labels" in given)}
+        return args, kwargs
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        aux_local = getattr(output, "aux_loss", None)
+        if not isinstance(aux_local, Tensor) or getattr(output, "router_logits", None) is None:
+            return output
+        given = forward.bind_partial(*args, **kwargs).arguments
+        mask = {**given, **given.get("kwargs", {})}.get("attention_mask")
+        aux = aux_local
+        if record.plan.aux == "global":
+            aux = global_aux_loss(output.router_logits, aux_local, mask, record)
+        if output.loss is not None:
+            output.loss = output.loss + record.aux_coef * (aux * record.aux_share - aux_local)
+        output.aux_loss = aux
+        return output
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True)
+
+
+def global_aux_loss(
+    logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor | None, record: Record
+) -> Tensor:
+    """Load-balancing loss of the global batch, equal on every data rank.
+
+    Switch Transformer's (arXiv 2101.03961, equations 4-6), as transformers computes it: num_experts times the sum over
+    experts of (share of tokens with the expert among their top k) * (mean probability), layers taken together.
+
+    Args:
+        logits: router logits [T, E] of each layer. mask: attention mask [B, S] with B * S = T, or None.
+        aux_local: what the model computed from this rank's tokens; checked against the formula at the first call.
+    """
+    counts_E, probs_E, rows = 0.0, 0.0, 0.0
+    flat = None if mask is None or mask.dim() != 2 else mask.reshape(-1).to(torch.float32)
+    for layer_TE in logits:
+        probs_TE = torch.softmax(layer_TE, dim=-1)
+        chosen_TE = torch.zeros_like(probs_TE, dtype=torch.float32).scatter_(
+            1, torch.topk(probs_TE, record.top_k, dim=-1).indices, 1.0
+        )
+        kept = flat if flat is not None and flat.numel() == layer_TE.shape[0] else None
+        probs_TE = probs_TE.float()
+        if kept is not None:
+            chosen_TE, probs_TE = chosen_TE * kept.unsqueeze(1), probs_TE * kept.unsqueeze(1)
+        counts_E, probs_E = counts_E + chosen_TE.sum(0), probs_E + probs_TE.sum(0)
+        rows = rows + (layer_TE.shape[0] if kept is None else kept.sum())
+    num_experts = logits[0].shape[-1]
+    assert isinstance(counts_E, Tensor) and isinstance(probs_E, Tensor)
+    rows = torch.as_tensor(rows, dtype=torch.float32, device=probs_E.device)
+    if not record.aux_checked:
+        _check_formula(num_experts * (counts_E * probs_E).sum() / rows**2, aux_local)
+        record.aux_checked = True
+    stats = _SumOverData.apply(torch.cat([counts_E, probs_E, rows.reshape(1)]), record)
+    counts_E, probs_E, rows = stats[:num_experts].detach(), stats[num_experts:-1], stats[-1].detach()
+    return num_experts * (counts_E * probs_E).sum() / rows**2
+
+
+def _check_formula(formula: Tensor, aux_local: Tensor) -> None:
+    ours, model = float(formula.detach()), float(aux_local.detach())
+    if abs(ours - model) > 1e-3 * max(abs(model), 1e-6):
+        raise ValueError(
+            f"Plan.aux ('global') needs the load-balancing loss of Switch Transformer: from the router logits it is "
+            f"{ours:.6g}, this model reports {model:.6g}. Use Plan(aux='rank') to keep the model's own, per rank."
+        )
+
+
+class _SumOverData(torch.autograd.Function):
+    """Sum over data ranks. Every rank's loss holds the same global term, so its gradient is the same on every rank, and
+    the sum over them that an all-reduce would need is a multiplication."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, record: Record) -> Tensor:
+        ctx.data_size = record.mesh.data_size
+        total = x.clone()
+        dist.all_reduce(total, group=record.mesh.data_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.data_size, None

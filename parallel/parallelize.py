@@ -1,0 +1,102 @@
+"""`parallelize(model, mesh, plan)`: the one verb that spreads a model over ranks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
+from moeweave.parallel.data import apply_data_parallel, repeated_blocks
+from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
+from moeweave.parallel.loss import install_loss_hooks
+from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.plan import Plan
+from moeweave.parallel.record import Record
+from moeweave.parallel.recompute import apply_recompute
+
+logger = logging.getLogger("moeweave")
+
+
+def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Module:
+    """Spread `model` over the ranks of `mesh`, in place.
+
+    Numbered as they happen:
+        1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
+        2. keep this rank's experts (DTensors over `ep`) and put dispatch, experts, combine in place of the experts' call
+        3. checkpoint activations if the plan says so
+        4. shard or replicate the rest over the data ranks
+        5. make `model(**batch).loss` the rank's share of the global loss
+
+    Parameter names stay; router, block, shared experts and classes stay. Parameters on the meta device stay there, to be
+    filled by `mw.load`; others move to the mesh's device. All ranks must pass the same weights: they are not broadcast.
+
+    Args:
+        model: a Hugging Face model (transformers >= 5.0) or any nn.Module whose experts follow the call
+            `experts(hidden, ids, weights)`, or were introduced by `register_moe`.
+        mesh: which ranks do what.
+        plan: policy; the default is FSDP2 with automatic dispatch.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: the model is wrapped already, cannot be wrapped, or does not fit the mesh. Raised on every rank, before
+            any communication.
+    """
+    plan = plan or Plan()
+    if "_moeweave" in vars(model):
+        raise ValueError(f"{type(model).__name__} is wrapped already. Build it anew to wrap it for another mesh.")
+    _check_axes(mesh)
+    blocks = find_moe_blocks(model)
+    if mesh.sizes.ep > 1 and not blocks:
+        raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
+    for block in blocks:
+        mesh.sizes.check_experts(block.num_experts, block.path)
+    if not any(param.is_meta for param in model.parameters()):
+        model.to(mesh.device)
+
+    calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
+    record = Record(mesh, plan, blocks, calls, _top_k(model), _aux_coef(model))
+    if plan.recompute:
+        apply_recompute(model, repeated_blocks(model, blocks))
+    apply_data_parallel(model, blocks, mesh, plan)
+    install_loss_hooks(model, record)
+    vars(model)["_moeweave"] = record
+    return model
+
+
+def _check_axes(mesh: Mesh) -> None:
+    for axis in ("tp", "pp", "sp", "etp"):
+        if getattr(mesh.sizes, axis) > 1:
+            raise ValueError(f"{axis} ({getattr(mesh.sizes, axis)}) must be 1: parallelize composes dp, dp_replicate and ep.")
+
+
+def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:
+    shard_experts(block, mesh)
+    return install_expert_call(block, _top_k(model), mesh, plan, model.get_submodule(block.block_path))
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _top_k(model: nn.Module) -> int:
+    """Routes a token, as model or config say it; decides `auto` dispatch and the balance loss."""
+    if isinstance(getattr(model, "num_experts_per_tok", None), int):
+        return int(model.num_experts_per_tok)  # type: ignore[arg-type]
+    for name in ("num_experts_per_tok", "moe_topk", "top_k", "num_experts_per_token"):
+        value = getattr(_config(model), name, None)
+        if isinstance(value, int):
+            return value
+    return next((m.top_k for m in model.modules() if isinstance(getattr(m, "top_k", None), int)), 1)
+
+
+def _aux_coef(model: nn.Module) -> float:
+    for owner in (model, _config(model)):
+        value = getattr(owner, "router_aux_loss_coef", None)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return 0.0

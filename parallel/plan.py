@@ -1,0 +1,72 @@
+"""How a model is spread: the one policy object that `parallelize` takes beside the mesh."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from moeweave.comm.dispatchers.select import validate_choice
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "data": ("fsdp2", "ddp"),
+    "aux": ("global", "rank"),
+    "dtype": (None, "float32", "bfloat16"),
+    "drop": ("probability", "position"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Policy for `parallelize`.
+
+    Attributes:
+        data: engine of the data axes. "fsdp2" shards dense parameters over dp (and replicates over dp_replicate, HSDP);
+            "ddp" keeps a full copy on every rank and all-reduces gradients.
+        dispatcher: "alltoall", "allgather", or "auto" (chosen from top-k and ep, logged once).
+        combine: "exact", "prereduced", or None for the dispatcher's default.
+        aux: whose tokens the load-balancing loss sees: "global" (all data ranks') or "rank" (each rank's own).
+        capacity: an expert takes at most ceil(capacity * tokens * top_k / experts) routes of each rank; None drops none.
+        drop: which routes go when an expert is over capacity: the least probable, or the last by position.
+        dtype: compute dtype ("bfloat16"); parameters, gradients and reductions stay as the model has them. None: as is.
+        recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
+
+    Raises:
+        ValueError: a field outside its choices.
+    """
+
+    data: str = "fsdp2"
+    dispatcher: str = "auto"
+    combine: str | None = None
+    aux: str = "global"
+    capacity: float | None = None
+    drop: str = "probability"
+    dtype: str | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                shown = ", ".join(repr(choice) for choice in choices)
+                raise ValueError(f"Plan.{name} ({getattr(self, name)!r}) must be one of {shown}.")
+        if self.capacity is not None and self.capacity <= 0:
+            raise ValueError(f"Plan.capacity ({self.capacity!r}) must be positive, or None to drop no token.")
+        validate_choice(self.dispatcher, self.combine)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """A plan from a config section. Raises ValueError on an unknown key, naming the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"Plan has no field {key!r}. {hint}It has: {', '.join(known)}.")
+        return cls(**dict(values))

@@ -1,0 +1,151 @@
+"""The proof that a wrapped model is the model: loss and every gradient of one step, against one process.
+
+Every rank builds the unwrapped model as well, runs it on the whole batch (the concatenation of all data ranks'), and
+compares its own shard of every gradient. Gradients are compared, never losses after Adam steps: Adam hides a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
+from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of
+from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.parallelize import parallelize
+from moeweave.parallel.plan import Plan
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Attributes:
+    loss, reference_loss, loss_error: of the wrapped model over ranks, of the unwrapped one, relative difference.
+    errors: relative error (||difference|| / ||reference||) of every parameter's gradient, by name.
+    norm, reference_norm: global gradient norms.
+    tolerance: what `worst` and `loss_error` must not exceed.
+    """
+
+    loss: float
+    reference_loss: float
+    loss_error: float
+    errors: dict[str, float]
+    norm: float
+    reference_norm: float
+    tolerance: float
+
+    @property
+    def worst_name(self) -> str:
+        return max(self.errors, key=lambda name: self.errors[name])
+
+    @property
+    def worst(self) -> float:
+        return self.errors[self.worst_name]
+
+    @property
+    def ok(self) -> bool:
+        return max(self.worst, self.loss_error) <= self.tolerance and bool(self.errors)
+
+
+def gradient_parity(
+    build_model: Callable[[], nn.Module],
+    make_batch: Callable[[int], Batch],
+    mesh: Mesh,
+    plan: Plan | None = None,
+    *,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> ParityReport:
+    """Compare one step of `parallelize(build_model(), mesh, plan)` with the unwrapped model in one process.
+
+    Collective. The batches of all data ranks must have equal widths (pad them), their rows are concatenated.
+
+    Args:
+        build_model: gives the same weights at every call, on every rank.
+        make_batch: data rank -> keyword arguments of the model's forward.
+        prepare: called on both models before use, e.g. to switch on options.
+
+    Returns:
+        The report, equal on every rank.
+    """
+    plan = plan or Plan()
+    reference = build_model().to(mesh.device)
+    wrapped = parallelize(build_model(), mesh, plan)
+    for model in (reference, wrapped):
+        model.train()
+        if prepare is not None:
+            prepare(model)
+    whole = concatenate([make_batch(rank) for rank in range(mesh.data_size)], mesh.device)
+    reference_loss = loss_of(reference(**whole))
+    reference_loss.backward()
+    loss = forward_backward(wrapped, concatenate([make_batch(mesh.data_rank)], mesh.device))
+
+    dtype = plan.torch_dtype or next(p.dtype for p in reference.parameters() if p.is_floating_point())
+    wanted = {name: param.grad for name, param in reference.named_parameters()}
+    squares: dict[str, list[float]] = {}
+    for name, param in wrapped.named_parameters():
+        want = wanted[name]
+        if param.grad is None and want is None:
+            continue
+        got = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
+        squares[name] = [_error(got, want)]
+    errors = _agree(squares)
+    missing = {name for name, grad in wanted.items() if grad is not None} - set(errors)
+    errors.update(dict.fromkeys(missing, float("inf")))
+    return ParityReport(
+        float(loss),
+        float(reference_loss),
+        abs(float(loss) - float(reference_loss)) / max(abs(float(reference_loss)), 1e-30),
+        errors,
+        float(_norm(wrapped)),
+        float(torch.nn.utils.get_total_norm([g for g in wanted.values() if g is not None])),
+        TOLERANCE[dtype],
+    )
+
+
+def _norm(wrapped: nn.Module) -> Tensor:
+    from moeweave.parallel.grad_norm import clip_grad_norm_
+
+    return clip_grad_norm_(wrapped, float("inf"))
+
+
+def _error(got: Tensor | None, want: Tensor | None) -> float:
+    if got is None or want is None:
+        present = got if got is not None else want
+        assert present is not None
+        # A gradient of zeros and none at all are the same step.
+        return 0.0 if not present.any() else float("inf")
+    return relative_error(got, want)
+
+
+def _agree(errors: dict[str, list[float]]) -> dict[str, float]:
+    """Largest error of each parameter over ranks; ranks may hold different ones (experts in a ModuleList)."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, errors)
+    names = sorted({name for each in gathered for name in each})
+    return {name: max(value for each in gathered for value in each.get(name, [])) for name in names}
+
+
+def concatenate(batches: list[Batch], device: torch.device) -> Batch:
+    """Rows of several batches as one, on `device`; right-padded to the longest (labels with -100, the rest with 0)."""
+    whole: Batch = {}
+    for name, first in batches[0].items():
+        if not isinstance(first, Tensor) or first.dim() == 0:
+            whole[name] = first
+            continue
+        width = max(batch[name].shape[1] for batch in batches) if first.dim() > 1 else 0
+        fill = IGNORED_LABEL if "labels" in name else 0
+        rows = [
+            torch.nn.functional.pad(batch[name], (0, width - batch[name].shape[1]), value=fill)
+            if first.dim() == 2
+            else batch[name]
+            for batch in batches
+        ]
+        whole[name] = torch.cat(rows).to(device)
+    return whole
