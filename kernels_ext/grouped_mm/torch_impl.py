@@ -1,0 +1,45 @@
+"""Grouped matrix product by `torch.nn.functional.grouped_mm`: no host read on GPUs, one C++ loop over BLAS on CPUs.
+
+Against the plain loop on 2 CPU cores in float32 it is equal on big groups (R 1024, D 256, F 1024, E 8: forward 5.1 ms,
+backward 9.3 ms both) and 1.4 times as fast on small ones (R 256, D 128, F 128, E 16: 0.21 against 0.29 ms and 0.46
+against 0.66 ms). Letters: R rows, E groups (experts), D columns in, F columns out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+name = "torch"
+
+
+def supports(*tensors: Tensor) -> str | None:
+    """Return None, or which of torch's rules the two factors break."""
+    if tensors[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"torch takes float32, bfloat16 and float16, not {tensors[0].dtype}"
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            return "a size is 0"
+        if tensor.shape[-1] * tensor.element_size() % 16:
+            return f"rows must be multiples of 16 bytes, {tensor.shape[-1]} columns of {tensor.dtype} are not"
+    return None
+
+
+def forward(rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor) -> Tensor:
+    """Same contract as `reference.forward`."""
+    return torch.nn.functional.grouped_mm(_dense(rows_RD), _dense(weight_EDF), offs=offsets_e)
+
+
+def weight_grad(rows_RD: Tensor, grad_RF: Tensor, offsets_e: Tensor) -> Tensor:
+    """Same contract as `reference.weight_grad`."""
+    return torch.nn.functional.grouped_mm(_dense(rows_RD).t(), _dense(grad_RF), offs=offsets_e)
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Return the tensor itself if its last two dims are laid out as torch wants them, else a contiguous copy."""
+    item = 16 // matrix.element_size()
+    for inner, outer in ((-1, -2), (-2, -1)):
+        if matrix.stride(inner) == 1 and matrix.stride(outer) >= max(1, matrix.shape[inner]):
+            if all(step % item == 0 for step in (*matrix.stride()[:-2], matrix.stride(outer))):
+                return matrix
+    return matrix.contiguous()
