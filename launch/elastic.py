@@ -1,0 +1,137 @@
+"""Starts ranks on this machine with torch elastic, and ends them all when one fails.
+
+On the CPU ranks are forked: the parent has imported torch and transformers to check the config, and a fork spares each
+rank those seconds. Beside accelerators, whose drivers do not survive a fork, they are spawned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from moeweave.launch import env, failure
+
+
+def start_ranks(
+    fn: Callable[..., Any], *args: Any, num_ranks: int, log_dir: Path, max_restarts: int = 0, on_cpu: bool = True
+) -> Any:
+    """Runs `fn(*args)` on `num_ranks` ranks of this machine and returns rank 0's value.
+
+    `fn` is a module-level function; it finds RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous in its environment, as
+    under torchrun. Rank 0 keeps the terminal, the others write to `log_dir`. When a rank fails the others are stopped
+    within seconds. Raises RankFailed with the first failure, KeyboardInterrupt on ctrl-C.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex[:8],
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=max_restarts,
+        start_method="fork" if on_cpu and sys.platform == "linux" else "spawn",
+        logs_specs=_RankLogs(log_dir),
+    )
+    threads = env.threads_asked() or max(1, _num_cores() // num_ranks)
+    try:
+        with _quiet_elastic():
+            return elastic_launch(config, _rank)(fn, args, str(log_dir), os.getpid(), threads)[0]
+    except ChildFailedError as error:
+        codes = {rank: process.exitcode for rank, process in error.failures.items()}
+        raise failure.RankFailed(failure.first(log_dir, num_ranks, codes)) from None
+    except SignalException as error:
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(error.sigval).name}") from None
+
+
+def _rank(fn: Callable[..., Any], args: tuple[Any, ...], log_dir: str, parent: int, threads: int) -> Any:
+    """A rank's life: undo what a fork inherited, run, and leave a record of what was raised."""
+    ranks = env.launched_ranks()
+    assert ranks is not None, "torch elastic sets the rank variables"
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
+        # The parent's handlers are Python code, which never runs while a rank waits inside a collective.
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    _die_with(parent)
+    torch.set_num_threads(threads)
+    folder = Path(log_dir)
+    failure.record_stop(ranks.rank, folder)
+    try:
+        value = fn(*args)
+    except BaseException as error:
+        failure.write(error, ranks.rank, folder)
+        raise
+    failure.mark_done(ranks.rank, folder)
+    return value
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when `parent` dies, even by SIGKILL (Linux)."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def has_accelerator() -> bool:
+    """Whether torch finds a device other than the CPU; asking does not start its driver."""
+    return torch.accelerator.is_available()
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _quiet_elastic() -> Iterator[None]:
+    """The launcher's own log lines would bury the one error that matters."""
+    prefixes = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(prefixes)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _RankLogs(LogsSpecs):
+    """Rank 0 on the terminal, rank n in rankN.stdout.log and rankN.stderr.log of one folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        self._folder = folder
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        def path(rank: int, kind: str) -> str:
+            return str(self._folder / f"rank{rank}.{kind}")
+
+        failure.forget(self._folder)
+        for rank, variables in envs.items():
+            variables["TORCHELASTIC_ERROR_FILE"] = path(rank, "elastic.json")
+        return LogsDest(
+            stdouts={rank: path(rank, "stdout.log") if rank else "" for rank in envs},
+            stderrs={rank: path(rank, "stderr.log") if rank else "" for rank in envs},
+            error_files={rank: path(rank, "elastic.json") for rank in envs},
+        )
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._folder)

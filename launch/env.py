@@ -1,0 +1,60 @@
+"""Every environment variable that moeweave reads, read here and nowhere else.
+
+| Variable                   | Set by        | Meaning here                                                         |
+|----------------------------|---------------|----------------------------------------------------------------------|
+| RANK, WORLD_SIZE           | torchrun      | there: use these ranks; absent: the program starts ranks of its own  |
+| LOCAL_RANK                 | torchrun      | which device of this machine the rank takes                          |
+| TORCHELASTIC_RESTART_COUNT | torch elastic | how often the ranks were restarted, 0 at first                       |
+| OMP_NUM_THREADS            | the user      | CPU threads of a rank; absent: the cores divided by the ranks        |
+| MOEWEAVE_TRACEBACK         | the user      | 1: print a whole traceback where an error would be one line          |
+
+What torch, transformers and rich read for themselves (MASTER_ADDR, GLOO_SOCKET_IFNAME, NO_COLOR, ...) is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that a launcher started: this one's number, how many there are, its number on this machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+    restarts: int = 0
+
+
+def launched_ranks() -> Ranks | None:
+    """This process's place among ranks that torchrun (or this program) started, or None when nobody did.
+
+    Raises ValueError when only some of the variables are set, or one is no number.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if "RANK" not in found and "WORLD_SIZE" not in found:
+        return None
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"environment: {', '.join(found)} set but {', '.join(missing)} missing. "
+            "Start the program with torchrun, which sets all of them, or unset them to let it start its own ranks."
+        )
+    try:
+        rank, world, local_rank = (int(found[name]) for name in names)
+    except ValueError as error:
+        raise ValueError(f"environment: {found} must be whole numbers. Unset them or use torchrun.") from error
+    return Ranks(rank, world, local_rank, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+
+
+def threads_asked() -> int:
+    """OMP_NUM_THREADS, or 0 where the user has not set it."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() else 0
+
+
+def wants_traceback() -> bool:
+    """Whether the user asked for whole tracebacks."""
+    return os.environ.get("MOEWEAVE_TRACEBACK", "") == "1"

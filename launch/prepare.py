@@ -1,0 +1,59 @@
+"""What a config is checked for before any rank starts, and what a rank builds from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeweave.launch import data
+from moeweave.launch.schema import ConfigError, DataConfig, MeshConfig, ModelConfig
+from moeweave.parallel.adapter import find_moe_blocks
+from moeweave.parallel.hf.build import build_model
+from moeweave.parallel.plan import Plan
+
+
+def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
+    """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
+    Plan.from_dict(plan)
+    built = build_model(model.source, model.overrides, size=model.size, device="meta")
+    blocks = find_moe_blocks(built)
+    if mesh.ep > 1 and not blocks:
+        raise ConfigError(f"mesh.ep={mesh.ep}: {type(built).__name__} has no experts to share out. Set mesh.ep=1.")
+    for block in blocks:
+        mesh.sizes().check_experts(block.num_experts, block.path)
+    return built
+
+
+def check_data(config: DataConfig, model: nn.Module) -> None:
+    """Raises ConfigError when the data is missing, too short, or has ids that the model lacks."""
+    data.check(data.open_tokens(config), vocab_size(model), config.seq_length)
+
+
+def model_builder(config: ModelConfig, seed: int) -> Callable[[], nn.Module]:
+    """A function that builds the model with the same random weights at every call, on every rank."""
+
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_model(config.source, config.overrides, size=config.size)
+
+    return build
+
+
+def vocab_size(model: nn.Module) -> int | None:
+    """How many token ids the model has embeddings for, where it says so."""
+    get = getattr(model, "get_input_embeddings", None)
+    embeddings = get() if callable(get) else None
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def describe(model: nn.Module) -> str:
+    """Qwen3MoeForCausalLM, 12.3 M parameters, 4 MoE layers of 8 experts"""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    experts = [block.num_experts for block in find_moe_blocks(model)]
+    kinds = "/".join(str(num) for num in sorted(set(experts)))
+    moe = f"{len(experts)} MoE layers of {kinds} experts" if experts else "no experts"
+    return f"{type(model).__name__}, {count / 1e6:.1f} M parameters, {moe}"

@@ -1,0 +1,171 @@
+"""A run's folder: what was run, on what, and what came of it.
+
+<root>/<date-time>-<name>/
+  config.yaml        every field, resolved; `moeweave-train` with the same values repeats the run
+  started.jsonl      one line per start or resume: time, command, git state, versions, machine
+  metrics.jsonl      one line per optimizer step, in order, none lost or repeated by a resume
+  curves.png         loss, and load per expert
+  checkpoints/       complete checkpoints, the newest few
+  logs/rank<r>.log   what the library said on each rank: its choices and warnings
+  logs/<n>/          output and failures of each rank, for the n-th start
+  proof.json         the comparison with the unwrapped model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moeweave.launch.schema import ConfigError
+
+PACKAGES = ("moeweave", "torch", "transformers", "numpy", "hydra-core", "omegaconf", "safetensors", "deepspeed")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run folder."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def proof(self) -> Path:
+        return self.path / "proof.json"
+
+    def logs(self) -> Path:
+        """The folder for the next start's logs; not yet made."""
+        logs = self.path / "logs"
+        starts = [path for path in logs.iterdir() if path.is_dir()] if logs.is_dir() else []
+        return logs / str(len(starts))
+
+    def holds_a_run(self) -> bool:
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+
+def choose(root: str, directory: str | None, name: str) -> RunFolder:
+    """The folder named by the config, or a new one that no other run has. Nothing is created."""
+    if directory is not None:
+        path = Path(directory).expanduser().absolute()
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"run.dir={directory}: is a file. Name a folder, or one that does not exist yet.")
+        return RunFolder(path)
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%d-%H%M%S")
+    path = Path(root).expanduser().absolute() / f"{stamp}-{name}"
+    number = 2
+    while path.exists():
+        path = path.with_name(f"{stamp}-{name}-{number}")
+        number += 1
+    return RunFolder(path)
+
+
+def record_start(folder: RunFolder, config_yaml: str, command: list[str]) -> list[str]:
+    """Writes config.yaml and a line of started.jsonl. Returns the config lines that differ from the last start's."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    path = folder.path / "config.yaml"
+    before = path.read_text().splitlines() if path.exists() else None
+    path.write_text(config_yaml)
+    with (folder.path / "started.jsonl").open("a") as file:
+        file.write(json.dumps(_start(command)) + "\n")
+    return [] if before is None else [line.strip() for line in config_yaml.splitlines() if line not in before]
+
+
+class Metrics:
+    """metrics.jsonl: appends one line per step; a reader, and a resumed run, never see half of one."""
+
+    def __init__(self, folder: RunFolder, first_step: int, *, complete: bool = True):
+        """Keeps the lines of steps before `first_step` (1-based) and drops the rest, which will be run again.
+
+        `complete` is False for a run that began from another run's checkpoint, and so has no lines of its own before.
+        """
+        kept = [line for line in read_metrics(folder) if line["step"] < first_step]
+        steps = [line["step"] for line in kept]
+        if complete and steps != list(range(1, first_step)):
+            raise ValueError(
+                f"{folder.metrics}: a checkpoint of step {first_step - 1} is beside it, but it does not hold steps 1 "
+                f"to {first_step - 1} once each. Restore it, or begin another run with run.dir=<new folder>."
+            )
+        partial = folder.metrics.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(folder.metrics)
+        self.lines = kept
+        self._file = folder.metrics.open("a")
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Appends one line; it is with the operating system when this returns, so a killed process loses none."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.lines.append(line)
+
+    def sync(self) -> None:
+        """Puts the lines on disk: before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    if not folder.metrics.exists():
+        return []
+    lines = folder.metrics.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _start(command: list[str]) -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(command),
+        "directory": str(Path.cwd()),
+        "git": git_state(Path.cwd()),
+        "versions": versions(),
+        "machine": {"host": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on, those that are installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def git_state(directory: Path) -> dict[str, Any] | None:
+    """{sha, branch, dirty} of the repository that holds `directory`; None without git or outside a repository."""
+    sha, status = _git(directory, "rev-parse", "HEAD"), _git(directory, "status", "--porcelain")
+    if sha is None or status is None:
+        return None
+    return {"sha": sha, "branch": _git(directory, "rev-parse", "--abbrev-ref", "HEAD"), "dirty": bool(status)}
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(directory), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

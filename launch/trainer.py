@@ -1,0 +1,314 @@
+"""What one rank does in `moeweave-train`: wrap, resume, step, save, prove.
+
+Every step is a function of the config and of the step's number: its data (sampler), its learning rate (optim) and its
+random numbers (seeded anew). So weights, optimizer state and position are all that a checkpoint needs for a resumed
+run to continue bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import moeweave as mw
+from moeweave.launch import data, optim, plot, prepare, progress, runlog
+from moeweave.launch.compose import to_yaml
+from moeweave.launch.sampler import Sampler
+from moeweave.launch.schema import TrainConfig
+from moeweave.parallel.verify import ParityReport, gradient_parity
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the starting process hears of a run. `proof` is None where it was not asked for."""
+
+    folder: str
+    first_loss: float
+    last_loss: float
+    proof_ok: bool | None
+
+
+@dataclass
+class Training:
+    """One rank's side of a run."""
+
+    config: TrainConfig
+    mesh: mw.Mesh
+    plan: mw.Plan
+    folder: runlog.RunFolder
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    position: int = 0
+    steps_done: int = 0
+
+
+def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcome:
+    """Runs the whole of one rank. `folder` is the run folder, or None for rank 0 to choose one for all."""
+    mesh = mw.Mesh(**asdict(config.mesh))
+    run_folder = runlog.RunFolder(Path(_from_rank_0(lambda: _choose_folder(config, folder))))
+    changed = _from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
+    training = _set_up(config, mesh, run_folder)
+    checkpoint = _from_rank_0(lambda: _checkpoint_to_resume(config, run_folder))
+    if checkpoint is not None:
+        _resume(training, checkpoint)
+    own = checkpoint is None or run_folder.checkpoints in Path(checkpoint).parents
+    first_step = training.steps_done + 1
+    metrics = _from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, complete=own))
+    reporter = _reporter(config, mesh, first_step)
+    try:
+        _greet(reporter, training, checkpoint, changed)
+        _steps(training, metrics, reporter)
+    finally:
+        reporter.close()
+    lines = metrics.lines if metrics is not None else []
+    if metrics is not None:
+        metrics.close()
+        plot.draw(lines, run_folder.picture, f"{config.name}: {prepare.describe(training.model)}")
+    report = _prove(training) if config.proof else None
+    if mesh.rank == 0:
+        _farewell(training, lines, report)
+    dist.barrier()
+    dist.destroy_process_group()
+    first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (math.nan, math.nan)
+    return Outcome(str(run_folder.path), first, last, None if report is None else report.ok)
+
+
+# ---- set-up and resume
+
+
+def _set_up(config: TrainConfig, mesh: mw.Mesh, folder: runlog.RunFolder) -> Training:
+    _log_to(folder, mesh.rank)
+    plan = mw.Plan.from_dict(config.plan)
+    if config.model.weights:
+        model = mw.from_pretrained(config.model.source, mesh, plan, **config.model.overrides)
+    else:
+        model = mw.parallelize(prepare.model_builder(config.model, config.seed)(), mesh, plan)
+    model.train()
+    tokens = data.open_tokens(config.data)
+    sampler = Sampler(
+        tokens,
+        config.data.seq_length,
+        config.batch_size,
+        config.seed,
+        mesh.data_rank,
+        mesh.data_size,
+        prepare.vocab_size(model),
+    )
+    return Training(config, mesh, plan, folder, model, optim.make_optimizer(model, config.optim), sampler)
+
+
+def _choose_folder(config: TrainConfig, folder: str | None) -> str:
+    return folder or str(runlog.choose(config.run.root, config.run.dir, config.name).path)
+
+
+def _checkpoint_to_resume(config: TrainConfig, folder: runlog.RunFolder) -> str | None:
+    """The checkpoint to go on from, or None to begin."""
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        return config.resume
+    newest = mw.latest(folder.checkpoints)
+    return None if newest is None else str(newest)
+
+
+def _resume(training: Training, checkpoint: str) -> None:
+    loaded = mw.load(checkpoint, training.model, training.optimizer)
+    training.steps_done = loaded["step"]
+    training.position = training.sampler.resume(loaded["extra"]["sampler"])
+
+
+# ---- steps
+
+
+def _steps(training: Training, metrics: runlog.Metrics | None, reporter: progress.Reporter) -> None:
+    config = training.config
+    while training.steps_done < config.steps:
+        line = _step(training)
+        if metrics is not None:
+            metrics.add(line)
+        reporter.step(line)
+        every, done = config.checkpoint.every, training.steps_done
+        if done == config.steps or (every and done % every == 0):
+            _save(training, metrics)
+
+
+def _step(training: Training) -> dict[str, Any]:
+    """One optimizer step; returns its line of metrics.jsonl."""
+    config, started = training.config, time.perf_counter()
+    step = training.steps_done + 1
+    _seed_step(config.seed, step, training.mesh.data_rank)
+    batch = {name: ids.to(training.mesh.device) for name, ids in training.sampler.batch(training.position).items()}
+    rate = optim.learning_rate(step, config.steps, config.optim)
+    optim.set_learning_rate(training.optimizer, rate)
+
+    loss = float(mw.forward_backward(training.model, batch, microbatches=config.microbatches))
+    norm = float(mw.clip_grad_norm_(training.model, config.optim.clip_norm or math.inf))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise RuntimeError(
+            f"step {step}: loss {loss}, gradient norm {norm}. The run diverged: lower optim.lr or raise "
+            "optim.warmup_steps, and resume from the last checkpoint."
+        )
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+
+    load = _global_load(training)
+    training.steps_done, training.position = step, training.position + config.batch_size
+    seconds = time.perf_counter() - started
+    num_tokens = config.batch_size * config.data.seq_length
+    line = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=_balance(load))
+    line |= dict(tokens=step * num_tokens, seconds=round(seconds, 4), tokens_per_second=round(num_tokens / seconds, 1))
+    if load and (step % config.log.load_every == 0 or step == 1):
+        line["load"] = load
+    return line
+
+
+def _seed_step(seed: int, step: int, data_rank: int) -> None:
+    """Dropout and router noise of a step do not depend on the steps before; ranks that share a batch share them."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, data_rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _global_load(training: Training) -> dict[str, list[int]]:
+    """Routes per expert of this step over all ranks, by layer."""
+    loads = mw.expert_load(training.model, reset=True)
+    if not loads:
+        return {}
+    sizes = [len(load_E) for load_E in loads.values()]
+    total = torch.cat([load_E.to(training.mesh.device) for load_E in loads.values()])
+    if training.mesh.world > 1:
+        dist.all_reduce(total)
+    return dict(zip(loads, (part.tolist() for part in total.cpu().split(sizes)), strict=True))
+
+
+def _balance(load: dict[str, list[int]]) -> float | None:
+    """Largest over mean load, of the worst layer."""
+    ratios = [max(counts) * len(counts) / sum(counts) for counts in load.values() if sum(counts)]
+    return round(max(ratios), 4) if ratios else None
+
+
+# ---- checkpoints
+
+
+def _save(training: Training, metrics: runlog.Metrics | None) -> None:
+    folder = training.folder.checkpoints
+    if metrics is not None:
+        metrics.sync()
+        plot.draw(metrics.lines, training.folder.picture, training.config.name)
+    mw.save(
+        folder / f"step-{training.steps_done:08d}",
+        training.model,
+        training.optimizer,
+        step=training.steps_done,
+        extra={"sampler": training.sampler.state(training.position)},
+    )
+    if training.mesh.rank == 0:
+        for old in sorted(folder.glob("step-????????"))[: -training.config.checkpoint.keep]:
+            shutil.rmtree(old)
+
+
+# ---- proof
+
+
+def _prove(training: Training) -> ParityReport:
+    """One step of a freshly built model on the next batch, against the same model unwrapped in one process."""
+    sampler, position = training.sampler, training.position
+    training.optimizer.zero_grad()
+    report = gradient_parity(
+        prepare.model_builder(training.config.model, training.config.seed),
+        lambda data_rank: replace(sampler, data_rank=data_rank).batch(position),
+        training.mesh,
+        training.plan,
+    )
+    if training.mesh.rank == 0:
+        training.folder.proof.write_text(json.dumps(asdict(report) | {"ok": report.ok}, indent=1))
+    return report
+
+
+# ---- words
+
+
+def _greet(reporter: progress.Reporter, training: Training, checkpoint: str | None, changed: list[str]) -> None:
+    config, sampler = training.config, training.sampler
+    reporter.say(f"model   {prepare.describe(training.model)}")
+    reporter.say(f"mesh    {training.mesh!r}, {training.mesh.world} ranks")
+    tokens = sampler.tokens
+    reporter.say(f"data    {tokens.source}, {len(tokens):,} tokens in {sampler.num_windows:,} sequences")
+    reporter.say(f"folder  {_shown(training.folder.path)}")
+    if checkpoint is not None:
+        reporter.say(f"resume  step {training.steps_done} of {config.steps}, from {_shown(Path(checkpoint))}")
+        for line in changed:
+            reporter.say(f"        changed since: {line}")
+
+
+def _farewell(training: Training, lines: list[dict[str, Any]], report: ParityReport | None) -> None:
+    if lines:
+        speed = sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]
+        print(f"loss    {lines[0]['loss']:.4f} -> {lines[-1]['loss']:.4f} in {len(lines)} steps, {speed:,.0f} tokens/s")
+        print(f"curves  {_shown(training.folder.picture)}")
+    if report is not None:
+        verdict = "passed" if report.ok else "FAILED"
+        print(
+            f"proof   {verdict}: largest relative error {max(report.worst, report.loss_error):.2e} "
+            f"(tolerance {report.tolerance:.0e}) over the loss and {len(report.errors)} gradients, "
+            "against the unwrapped model in one process"
+        )
+        if not report.ok:
+            print(f"        worst: {report.worst_name} {report.worst:.2e}; loss {report.loss_error:.2e}")
+
+
+def _shown(path: Path) -> str:
+    """The path as short as it can be written."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _reporter(config: TrainConfig, mesh: mw.Mesh, first_step: int) -> progress.Reporter:
+    if mesh.rank != 0:
+        return progress.Silent()
+    return progress.make_reporter(config.log.progress, config.name, first_step, config.steps, config.log.every)
+
+
+def _log_to(folder: runlog.RunFolder, rank: int) -> None:
+    """What the library says, its choices for instance, goes to a file of this rank."""
+    path = folder.path / "logs" / f"rank{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("moeweave")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+# ---- agreement
+
+
+def _from_rank_0(decide: Any) -> Any:
+    """What `decide()` gives on rank 0, on every rank. What it raises is raised on every rank."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [decide(), None]
+        except (ValueError, OSError) as error:
+            answer = [None, error]
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _from_rank_0_only(make: Any) -> Any:
+    """`make()` on rank 0, None elsewhere; what it raises is raised on every rank."""
+    made: list[Any] = []
+    _from_rank_0(lambda: made.append(make()))
+    return made[0] if made else None
