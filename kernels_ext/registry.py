@@ -57,10 +57,10 @@ def select(op: Op[I], *tensors: Tensor, impl: str = "auto") -> I:
     if not reasons:
         raise ValueError(f"impl={impl!r} is no implementation of {op.name}. Use one of: auto, {names}.")
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons)
-    raise ValueError(f"impl={impl!r} cannot run {op.name} on these tensors ({why}). Use impl='auto' or one of: {names}.")
+    raise ValueError(f"impl={impl!r} cannot run {op.name} on these tensors ({why}). Use one of: auto, {names}.")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(op: str, chosen: str, passed_over: tuple[tuple[str, str], ...]) -> None:
     why = "; ".join(f"not {name}: {reason}" for name, reason in passed_over)
     logger.info("%s runs on %r (%s)", op, chosen, why)

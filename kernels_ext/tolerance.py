@@ -1,7 +1,7 @@
 """The one table of tolerances, and the two measures that go with it.
 
-Data that was moved must be bitwise equal (`torch.equal`). Data that was computed is compared here, by relative RMS. Data
-that went through a lossy codec is compared by its signal-to-noise ratio (`sqnr`).
+Data that was moved must be bitwise equal (`torch.equal`). Data that was computed is compared here, by relative RMS.
+Data that went through a lossy codec is compared by its signal-to-noise ratio (`sqnr`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     Shapes must be equal. [2.0, 1.0] against [2.0, 2.0] gives 1 / sqrt(8).
     """
     if got.shape != want.shape:
-        raise ValueError(f"got.shape {tuple(got.shape)} must equal want.shape {tuple(want.shape)}. Compare like with like.")
+        raise ValueError(f"got.shape {tuple(got.shape)} must be want.shape {tuple(want.shape)}. Reshape one.")
     got64, want64 = got.detach().to("cpu", torch.float64), want.detach().to("cpu", torch.float64)
     difference = float(torch.linalg.vector_norm(got64 - want64))
     scale = float(torch.linalg.vector_norm(want64))

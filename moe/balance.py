@@ -33,7 +33,7 @@ def aux_loss(probs_TE: Tensor, ids_TK: Tensor, mask_T: Tensor | None = None, *, 
     Two tokens with probabilities [0.8, 0.2] and [0.6, 0.4], both routed to expert 0: 2 * (1 * 0.7 + 0 * 0.3) = 1.4.
 
     probs_TE: [T, E] router probabilities, each row sums to 1. ids_TK: [T, K] int64, -1 is not routed.
-    mask_T: [T] bool, False for padding. reduce: sums over the ranks whose tokens make up the batch; None is this rank alone.
+    mask_T: [T] bool, False for padding. reduce: sums over the ranks whose tokens are the batch; None is this rank alone.
     Returns a float32 scalar (float64 of float64), 0 without tokens. Hugging Face's loss is K times this one.
     """
     wide = _widen(probs_TE)
@@ -66,7 +66,7 @@ def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None, *, reduce: Reduce | 
 
 
 def bias_update(load_E: Tensor, rate: float) -> Tensor:
-    """Change of the choice-only router bias after a step (DeepSeek-V3): `rate` up for underloaded experts, down for others.
+    """Change of the choice-only router bias after a step (DeepSeek-V3): up for underloaded experts, down for others.
 
     Loads [5, 1, 3] and rate 0.1 give [-0.1, 0.1, 0.0]. load_E: routes per expert over the global batch. Float32 out.
     """
@@ -79,7 +79,7 @@ def apply_capacity(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Drop the routes that an expert has no room for. No other route changes: the weights are not renormalised.
 
-    Ids [[0], [0], [0]], weights [[.2], [.9], [.5]], capacity 2: by position the third route goes, by probability the first.
+    Ids [[0], [0], [0]], weights [[.2], [.9], [.5]], capacity 2: by position the third goes, by probability the first.
 
     ids_TK: [T, K] int64, -1 is not routed. capacity_per_expert: routes that an expert takes from these tokens.
     by: "position" keeps the first ones by token, "probability" the ones of largest weight, equal ones by token.
@@ -87,7 +87,7 @@ def apply_capacity(
     Raises ValueError on a negative capacity or an unknown `by`.
     """
     if by not in ("position", "probability"):
-        raise ValueError(f"by ({by!r}) must be 'position' or 'probability'. Choose which routes an overfull expert drops.")
+        raise ValueError(f"by ({by!r}) must be 'position' or 'probability': which routes an expert drops.")
     if capacity_per_expert < 0:
         raise ValueError(f"capacity_per_expert ({capacity_per_expert}) must not be negative. Pass 0 or more routes.")
     ids_N = ids_TK.reshape(-1)

@@ -1,7 +1,7 @@
 """The experts seam: `experts(hidden_TD, ids_TK, weights_TK) -> out_TD`, and what an expert computes on its rows.
 
-`local_experts` is the fast path on rows that are already sorted by expert: one grouped GEMM a projection. It runs our own
-`Experts` and, given their packed weights and own activation, those of Hugging Face models.
+`local_experts` is the fast path on rows that are already sorted by expert: one grouped GEMM a projection. It runs our
+own `Experts` and, given their packed weights and own activation, those of Hugging Face models.
 
 Legend: T tokens, K routes a token, D width, I hidden width of an expert, R rows sorted by expert, E experts (e: of this
 rank), F columns of a projection (2I for gate and up together, I for up alone).
@@ -53,11 +53,11 @@ def local_experts(
 ) -> Tensor:
     """Run each row through its expert: up, activation, down, post-norm.
 
-    rows_RD: [R, D], sorted by expert, in the weights' dtype; rows past offsets_e[-1] are not read and may hold anything.
+    rows_RD: [R, D], sorted by expert, in the weights' dtype; rows past offsets_e[-1] are not read.
     offsets_e: [e] int32 on the device, the exclusive end of each expert's rows.
     exact: the caller knows that R == offsets_e[-1], which saves zeroing the tails.
     impl: implementation of the grouped GEMM, see `grouped_mm`.
-    Returns rows_RD [R, D]; rows past offsets_e[-1] are zero, and so is the gradient of theirs, whatever gradient they get.
+    Returns rows_RD [R, D]; rows past offsets_e[-1] are zero, and so is their gradient, whatever gradient comes in.
     Every weight gets a gradient, zero for an expert without rows. Raises ValueError as `grouped_mm` does.
     """
     needs_experts = weights.gate_up_bias is not None or weights.down_bias is not None
@@ -73,7 +73,7 @@ def local_experts(
     if weights.post_norm is not None:
         out_RD = weights.post_norm(out_RD)
     if not exact and (weights.down_bias is not None or weights.post_norm is not None):
-        # Both make rows past the end non-zero, and both would take those rows' undefined gradient into their parameters.
+        # Both make rows past the end non-zero, and would take those rows' undefined gradient into their parameters.
         tail_R = torch.arange(out_RD.shape[0], device=out_RD.device) >= offsets_e[-1]
         out_RD = out_RD.masked_fill(tail_R.unsqueeze(1), 0.0)
     return out_RD
@@ -86,7 +86,7 @@ def _expert_of_rows(offsets_e: Tensor, num_rows: int) -> Tensor:
 
 
 class _BiasOfRows(torch.autograd.Function):
-    """bias_eF[expert_R]; the gradient is summed in row order in float32, never by atomics, rows past the end left out."""
+    """bias_eF[expert_R]; the gradient is summed in row order in float32, never by atomics, without rows past the end."""
 
     @staticmethod
     def forward(ctx: Any, bias_eF: Tensor, expert_R: Tensor, offsets_e: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ class _BiasOfRows(torch.autograd.Function):
 class Experts(nn.Module):
     """Routed experts with packed weights, laid out and flagged exactly as transformers packs them.
 
-    `parallelize` replaces `forward` and nothing else, here as on Hugging Face models. The weights start normal(0, 0.02),
-    the biases at zero.
+    `parallelize` replaces `forward` and nothing else, here as on Hugging Face models. The weights start
+    normal(0, 0.02), the biases at zero.
 
     Args:
         dim: D. hidden_dim: I. num_experts: E.
@@ -157,9 +157,8 @@ class Experts(nn.Module):
                 nn.init.zeros_(param)
 
     def extra_repr(self) -> str:
-        columns, dim = (self.gate_up_proj if self.has_gate else self.up_proj).shape[1:]
-        hidden_dim = columns // 2 if self.has_gate else columns
-        return f"dim={dim}, hidden_dim={hidden_dim}, num_experts={self.num_experts}"
+        num_experts, dim, hidden_dim = self.down_proj.shape
+        return f"dim={dim}, hidden_dim={hidden_dim}, num_experts={num_experts}, gated={self.has_gate}"
 
     def _apply_gate(self, gate_up_RF: Tensor) -> Tensor:
         gate_RI, up_RI = gate_up_RF.chunk(2, dim=-1)

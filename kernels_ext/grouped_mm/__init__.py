@@ -1,8 +1,8 @@
 """Grouped matrix product: rows sorted by group, times the weight of their group.
 
-`grouped_mm` is the entry, an autograd function over two kernels, each of which picks its implementation from the tensors
-that it meets at run time. Eager code calls the kernels directly (the registered ops would cost 80 us more per step and
-product); `torch.compile` and fake tensors see two opaque ops and trace through without reading the offsets.
+`grouped_mm` is the entry, an autograd function over two kernels, each of which picks its implementation from the
+tensors that it meets at run time. Eager code calls the kernels directly (as registered ops they cost 0.15 ms more,
+forward and backward); `torch.compile` and fake tensors see two opaque ops and trace through without the offsets.
 Letters: R rows, E groups (experts), D columns in, F columns out; offsets_e int32, the exclusive end of each group.
 """
 
@@ -32,12 +32,12 @@ OP: Op[_GroupedMM] = Op("grouped_mm", (upcast_impl, torch_impl, reference))
 def grouped_mm(
     rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor, *, impl: str = "auto", exact: bool = False
 ) -> Tensor:
-    """Multiply each row by the weight of its group: ``out[r] = rows_RD[r] @ weight_EDF[e]`` for offsets[e-1] <= r < offsets[e].
+    """Multiply each row by its group's weight: ``out[r] = rows[r] @ weight[e]`` for offsets[e-1] <= r < offsets[e].
 
     Rows [1], [2], [3], [4], weights [[10]], [[100]], offsets [1, 3] give [10], [200], [300], [0].
 
     rows_RD: [R, D], sorted by group; rows past offsets_e[-1] are never read and may hold anything.
-    weight_EDF: [E, D, F] in the rows' dtype; a transposed view of [E, F, D] is as good, and its gradient comes in that layout.
+    weight_EDF: [E, D, F] in the rows' dtype; a transposed view of [E, F, D] is as good, its gradient has that layout.
     offsets_e: [E] int32 on the rows' device, ascending; a group may be empty, R may be 0.
     impl: "auto", or the name of an implementation ("upcast", "torch", "reference").
     exact: the caller knows that R == offsets_e[-1], which saves zeroing the tails.
@@ -52,18 +52,16 @@ def grouped_mm(
 def _validate(rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor) -> None:
     if rows_RD.dim() != 2 or weight_EDF.dim() != 3 or rows_RD.shape[1] != weight_EDF.shape[1]:
         raise ValueError(
-            f"rows {tuple(rows_RD.shape)} must be [R, D] and weight {tuple(weight_EDF.shape)} [E, D, F] with the same D. "
+            f"rows {tuple(rows_RD.shape)} must be [R, D] and weight {tuple(weight_EDF.shape)} [E, D, F], with one D. "
             "Pass weight.transpose(-2, -1) for a weight stored as [E, out, in]."
         )
     if offsets_e.dtype != torch.int32 or offsets_e.shape != weight_EDF.shape[:1]:
         raise ValueError(
-            f"offsets ({offsets_e.dtype}, {tuple(offsets_e.shape)}) must be int32 of shape [E] = [{weight_EDF.shape[0]}]. "
+            f"offsets ({offsets_e.dtype}, {tuple(offsets_e.shape)}) must be int32 [E], E = {weight_EDF.shape[0]}. "
             "Pass counts.cumsum(0, dtype=torch.int32)."
         )
     if rows_RD.dtype != weight_EDF.dtype:
-        raise ValueError(
-            f"rows ({rows_RD.dtype}) and weight ({weight_EDF.dtype}) must have one dtype. Cast the rows to the weight's."
-        )
+        raise ValueError(f"rows ({rows_RD.dtype}) and weight ({weight_EDF.dtype}) must have one dtype. Cast the rows.")
 
 
 def _zero_tail(rows_RF: Tensor, offsets_e: Tensor) -> Tensor:
@@ -77,9 +75,7 @@ def _zero_tail(rows_RF: Tensor, offsets_e: Tensor) -> Tensor:
 
 _LIBRARY = torch.library.Library("moeweave", "FRAGMENT")
 _LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets, bool exact, str impl) -> Tensor")
-_LIBRARY.define(
-    "grouped_mm_weight_grad(Tensor rows, Tensor grad, Tensor offsets, bool out_in, str impl) -> Tensor"
-)
+_LIBRARY.define("grouped_mm_weight_grad(Tensor rows, Tensor grad, Tensor offsets, bool out_in, str impl) -> Tensor")
 
 
 def _forward(rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor, exact: bool, impl: str) -> Tensor:
@@ -95,7 +91,7 @@ def _forward_fake(rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor, exact:
 
 
 def _weight_grad(rows_RD: Tensor, grad_RF: Tensor, offsets_e: Tensor, out_in: bool, impl: str) -> Tensor:
-    """Return the weight's gradient as [E, F, D] if out_in, else [E, D, F]: the layout in which the weight lies in memory."""
+    """Return the weight's gradient as [E, F, D] if out_in, else [E, D, F]: as the weight lies in memory."""
     left, right = (grad_RF, rows_RD) if out_in else (rows_RD, grad_RF)
     return select(OP, left, right, impl=impl).weight_grad(left, right, offsets_e)
 
@@ -107,9 +103,7 @@ def _weight_grad_fake(rows_RD: Tensor, grad_RF: Tensor, offsets_e: Tensor, out_i
 
 class _GroupedMMFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor, exact: bool, impl: str
-    ) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor, exact: bool, impl: str) -> Tensor:
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(rows_RD if needs_weight else None, weight_EDF if needs_rows else None, offsets_e)
         ctx.exact, ctx.impl, ctx.out_in = exact, impl, weight_EDF.stride(-1) != 1

@@ -18,7 +18,7 @@ def supports(*tensors: Tensor) -> str | None:
 
 
 def forward(rows_RD: Tensor, weight_EDF: Tensor, offsets_e: Tensor) -> Tensor:
-    """Return rows_RF with row r of group e equal to ``rows_RD[r] @ weight_EDF[e]``; rows past the last offset are undefined.
+    """Return rows_RF, ``rows_RD[r] @ weight_EDF[e]`` for row r of group e; rows past the last offset are undefined.
 
     Rows [1], [2], [3], [4], weights [[10]], [[100]], offsets [1, 3] give [10], [200], [300], undefined.
     """

@@ -39,7 +39,7 @@ def _dense(matrix: Tensor) -> Tensor:
     """Return the tensor itself if its last two dims are laid out as torch wants them, else a contiguous copy."""
     item = 16 // matrix.element_size()
     for inner, outer in ((-1, -2), (-2, -1)):
-        if matrix.stride(inner) == 1 and matrix.stride(outer) >= max(1, matrix.shape[inner]):
-            if all(step % item == 0 for step in (*matrix.stride()[:-2], matrix.stride(outer))):
-                return matrix
+        steps = (*matrix.stride()[:-2], matrix.stride(outer))
+        if matrix.stride(inner) == 1 and steps[-1] >= matrix.shape[inner] and all(step % item == 0 for step in steps):
+            return matrix
     return matrix.contiguous()
