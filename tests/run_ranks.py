@@ -105,10 +105,9 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, 
 
 
 def close_pools() -> None:
-    """Ends every rank and the server they were forked from."""
+    """Ends every rank. The server they were forked from ends with this process."""
     while _pools:
         _pools.popitem()[1].kill()
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # it would live on until this process exits
 
 
 atexit.register(close_pools)
