@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # DeepSpeed's own kernels are compiled when first used, or not at all.
 export DS_BUILD_OPS ?= 0
-export TORCH
+export TORCH ARGS
 
 .PHONY: help run test checks lint format test-matrix clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from nan_empty import nan_empty as nan_empty_memory
 from run_ranks import close_pools, seed_everything
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, here and on ranks
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

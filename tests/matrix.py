@@ -6,6 +6,7 @@ Prints a table in Markdown. Logs stay in .venv-matrix/, an environment only wher
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,12 +47,13 @@ def run_row(name: str, requirements: list[str]) -> tuple[str, str, bool]:
     shutil.rmtree(home, ignore_errors=True)
     venv.create(home, with_pip=True)
     pip = [home / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    torch = [word for word in requirements if word.startswith("torch=")] or os.environ["TORCH"].split()
+    torch = [word for word in requirements if word.startswith("torch=")] or shlex.split(os.environ["TORCH"])
     with (FOLDER / f"{name}.log").open("w") as log:
         for command in ([*pip, *torch], [*pip, "--editable", ".[all]", *requirements]):
             if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode:
                 return "- | -", f"could not be installed, see {log.name}", False
-        done = subprocess.run([home / "bin/pytest", "-n", "logical"], cwd=ROOT, stdout=log, stderr=log, check=False)
+        tests = [home / "bin/pytest", "-n", "logical", *shlex.split(os.environ.get("ARGS", ""))]
+        done = subprocess.run(tests, cwd=ROOT, stdout=log, stderr=log, check=False)
     versions = subprocess.run([home / "bin/python", "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
     closing = Path(log.name).read_text(errors="replace").strip().splitlines()[-1].strip("= ")
     if done.returncode == 0:

@@ -59,6 +59,7 @@ SERVER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else `torch.cuda.is_available()` in the server spoils CUDA in every fork
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
 }
 GRACE_SECONDS = 1.5  # how long the other ranks may take to report, once one has failed
