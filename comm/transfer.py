@@ -164,7 +164,8 @@ def save_combine(
 
 def backward_combine(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradient of an exact combine: of rows_RD, and of weights_TK if it was wanted."""
-    weights_TK, *moves, routes_TKD = ctx.saved_tensors if len(ctx.saved_tensors) == 6 else (*ctx.saved_tensors, None)
+    weights_TK, order_N, send_splits, recv_splits, perm_R, *returned = ctx.saved_tensors
+    moves, routes_TKD = (order_N, send_splits, recv_splits, perm_R), returned[0] if returned else None
     rows = send_routes(grad_TD, *moves, weights_TK.detach(), weights_TK.shape[1], ctx.group)
     grad_weights = None
     if routes_TKD is not None:

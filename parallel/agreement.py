@@ -32,25 +32,26 @@ def together() -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as raised:
+    except Exception as raised:  # noqa: BLE001  (whatever it is, all ranks raise it)
         error = raised
     agree(error)
 
 
 def agree(error: Exception | None) -> None:
     """Raises, on all ranks, the error of the lowest rank that has one. A collective."""
-    for rank, other in enumerate(everyones(None if error is None else _sendable(error))):
+    for at, other in enumerate(everyones(None if error is None else _sendable(error))):
         if other is not None:
-            raise error if error is not None and rank == _rank() else other
+            raise error if error is not None and at == rank() else other
 
 
-def _rank() -> int:
+def rank() -> int:
+    """This process's rank, 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _sendable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # some exceptions cannot be rebuilt from their arguments
+    except Exception:  # noqa: BLE001  some exceptions cannot be rebuilt from their arguments
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

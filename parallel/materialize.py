@@ -32,7 +32,7 @@ def computed_on_meta(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def materialize(model: nn.Module, device: torch.device | str, computed: Mapping[str, Tensor]) -> None:
-    """Allocates all meta parameters and buffers on `device`, uninitialised, in place; the rest is left alone.
+    """Allocates all meta parameters and buffers on `device`, uninitialised, in place; the rest moves there.
 
     `computed` gives the values of the buffers that `computed_on_meta` names.
 
@@ -46,7 +46,7 @@ def materialize(model: nn.Module, device: torch.device | str, computed: Mapping[
             "Create these buffers on a real device (device='cpu') when building the model, or register them persistent."
         )
     wanted = computed_on_meta(model)
-    kept = {param: _take_hooks(param) for param in model.parameters() if param.is_meta}
+    kept = {param: _take_hooks(param) for param in model.parameters()}
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -66,7 +66,7 @@ def _allocate(tensor: Tensor, device: torch.device | str) -> Tensor:
     if tensor.is_meta:
         return torch.empty_like(tensor, device=device)
     # A parameter is swapped with what is returned, and cannot be swapped with itself.
-    return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+    return tensor.detach().to(device)
 
 
 def _take_hooks(param: nn.Parameter) -> tuple[dict[str, Any], list[Any]]:

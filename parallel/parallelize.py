@@ -11,7 +11,7 @@ from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks
 from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
 from moeweave.parallel.loss import install_loss_hooks
-from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.record import Record
 from moeweave.parallel.recompute import apply_recompute
@@ -48,7 +48,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     plan = plan or Plan()
     if "_moeweave" in vars(model):
         raise ValueError(f"{type(model).__name__} is wrapped already. Build it anew to wrap it for another mesh.")
-    _check_axes(mesh)
+    check_axes(mesh.sizes)
     blocks = find_moe_blocks(model)
     if mesh.sizes.ep > 1 and not blocks:
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
@@ -58,7 +58,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         model.to(mesh.device)
 
     calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
-    record = Record(mesh, plan, blocks, calls, _top_k(model), _aux_coef(model))
+    record = Record(mesh, plan, blocks, calls, top_k_of(model), _aux_coef(model))
     if plan.recompute:
         apply_recompute(model, repeated_blocks(model, blocks))
     apply_data_parallel(model, blocks, mesh, plan)
@@ -67,15 +67,16 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     return model
 
 
-def _check_axes(mesh: Mesh) -> None:
+def check_axes(sizes: MeshSizes) -> None:
+    """Raise ValueError for an axis that `parallelize` does not spread models over."""
     for axis in ("tp", "pp", "sp", "etp"):
-        if getattr(mesh.sizes, axis) > 1:
-            raise ValueError(f"{axis} ({getattr(mesh.sizes, axis)}) must be 1: parallelize composes dp, dp_replicate and ep.")
+        if getattr(sizes, axis) > 1:
+            raise ValueError(f"{axis} ({getattr(sizes, axis)}) must be 1: parallelize composes dp, dp_replicate and ep.")
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:
     shard_experts(block, mesh)
-    return install_expert_call(block, _top_k(model), mesh, plan, model.get_submodule(block.block_path))
+    return install_expert_call(block, top_k_of(model), mesh, plan, model.get_submodule(block.block_path))
 
 
 def _config(model: nn.Module) -> Any:
@@ -83,7 +84,7 @@ def _config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _top_k(model: nn.Module) -> int:
+def top_k_of(model: nn.Module) -> int:
     """Routes a token, as model or config say it; decides `auto` dispatch and the balance loss."""
     if isinstance(getattr(model, "num_experts_per_tok", None), int):
         return int(model.num_experts_per_tok)  # type: ignore[arg-type]

@@ -1,48 +1,82 @@
 """Activation checkpointing that replays routing instead of computing it anew.
 
-A recomputed router may pick other experts than the first time (ties, non-deterministic kernels): rows would then be
-multiplied by the wrong experts' gradients. So the choices (top-k) and the layouts made from them are kept from the
-forward pass, which also spares the exchange of counts; everything else is recomputed.
+A recomputed router may pick other experts than the first time (ties, kernels that are not deterministic): rows would then
+meet the wrong experts in backward. So the choices (the indices of every top-k) and the layouts made from them are kept
+from the forward pass, which also spares the exchange of counts; everything else is recomputed.
+
+torch's own selective checkpointing keeps whole outputs and refuses operators whose output is then changed in place, as
+transformers' routers do with the values of their top-k. Here the values are gathered anew with the kept indices.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 
-def _kept() -> list[Any]:
-    ops = torch.ops
-    return [
-        ops.aten.topk.default,
-        ops.aten.sort.default,
-        ops.aten.sort.stable,
-        ops.moeweave.exchange_layout.default,
-        ops.moeweave.gather_layout.default,
-    ]
+def _is_layout(op: Any) -> bool:
+    return op in (torch.ops.moeweave.exchange_layout.default, torch.ops.moeweave.gather_layout.default)
+
+
+class _Record(TorchDispatchMode):
+    """Keeps the routing of a forward pass, in order."""
+
+    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.topk.default:
+            self.kept.append((out[1].clone(),))
+        elif _is_layout(func):
+            self.kept.append(tuple(out))
+        return out
+
+
+class _Replay(TorchDispatchMode):
+    """Answers with what `_Record` kept, in the same order."""
+
+    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.position = 0
+
+    def __enter__(self) -> Any:
+        self.position = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.topk.default:
+            (indices,) = self._next()
+            dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1)
+            return torch.gather(args[0], dim, indices), indices.clone()
+        if _is_layout(func):
+            return self._next()
+        return func(*args, **(kwargs or {}))
+
+    def _next(self) -> tuple[Tensor, ...]:
+        self.position += 1
+        return self.kept[self.position - 1]
 
 
 def replay_routing() -> tuple[Any, Any]:
     """`context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: keep routing, recompute the rest."""
-    kept = set(_kept())
-
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+    kept: list[tuple[Tensor, ...]] = []
+    return _Record(kept), _Replay(kept)
 
 
 def apply_recompute(model: nn.Module, units: list[nn.Module]) -> None:
     """Checkpoint the activations of every unit: by the model's own switch where it has one, else around each forward."""
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    enable: Callable[..., None] | None = getattr(model, "gradient_checkpointing_enable", None)
     if enable is not None and getattr(model, "supports_gradient_checkpointing", False):
         enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": replay_routing})
         return
     for unit in units:
-        unit.forward = functools.partial(
-            checkpoint, unit.forward, use_reentrant=False, context_fn=replay_routing
-        )
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, context_fn=replay_routing)

@@ -76,6 +76,11 @@ def gradient_parity(
     """
     plan = plan or Plan()
     reference = build_model().to(mesh.device)
+    if plan.torch_dtype is not None:
+        # The reference computes in the compute dtype too. Its buffers (rotary frequencies, router biases) do not, there
+        # as here.
+        for param in reference.parameters():
+            param.data = param.data.to(plan.torch_dtype)
     wrapped = parallelize(build_model(), mesh, plan)
     for model in (reference, wrapped):
         model.train()

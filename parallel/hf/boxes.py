@@ -53,15 +53,15 @@ def local_pieces(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
     if not isinstance(tensor, DTensor):
         return [(whole(tensor.shape), tensor)]
     local = tensor.to_local()
-    boxes = shard_boxes(tensor.shape, tensor.device_mesh, tensor.placements)
-    held = [sum(b - a for a, b in runs) for runs in boxes]
+    runs = shard_runs(tensor.shape, tensor.device_mesh, tensor.placements)
+    held = [sum(b - a for a, b in dim) for dim in runs]
     if tuple(held) != tuple(local.shape) and local.numel() + torch.Size(held).numel() > 0:
         raise RuntimeError(
             f"a DTensor of shape {tuple(tensor.shape)} placed {tensor.placements} holds {tuple(local.shape)} locally, "
             f"expected {tuple(held)}."
         )
     pieces = []
-    for combination in product(*(_with_offsets(runs) for runs in boxes)):
+    for combination in product(*(_with_offsets(dim) for dim in runs)):
         box = tuple(run for run, _ in combination)
         view = local[tuple(slice(at, at + stop - start) for (start, stop), at in combination)]
         if view.numel():
@@ -69,7 +69,12 @@ def local_pieces(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
     return pieces
 
 
-def shard_boxes(
+def placed_boxes(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Box]:
+    """The boxes that this rank holds of a tensor placed so."""
+    return [box for box in product(*shard_runs(shape, mesh, placements)) if 0 not in box_shape(box)]
+
+
+def shard_runs(
     shape: Sequence[int],
     mesh: DeviceMesh,
     placements: Sequence[Placement],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def _check_overrides(config_class: Any, fields: Mapping[str, Any], overrides: Ma
     known = _known_fields(config_class) | set(fields)
     subs = dict(_sub_configs(config_class))
     for name, value in overrides.items():
-        if name not in known and name not in subs:
+        if name not in known and name not in subs and not _read_by_model(config_class, name):
             near = difflib.get_close_matches(name, sorted(known | set(subs)), n=3)
             hint = f" Nearest: {', '.join(near)}." if near else ""
             raise ValueError(f"model override {name!r} is no field of the config of {source!r}.{hint}")
@@ -200,6 +201,13 @@ def _known_fields(config_class: Any) -> set[str]:
     for base in config_class.__mro__:
         names |= set(getattr(base, "__annotations__", {}))
     return {name for name in names if not name.startswith("_")} | set(getattr(config_class, "attribute_map", {}))
+
+
+def _read_by_model(config_class: Any, name: str) -> bool:
+    """Whether the architecture's own code reads config.<name>, as some do with fields that they do not declare."""
+    folder = Path(inspect.getfile(config_class)).parent
+    pattern = re.compile(rf"config\.{re.escape(name)}\b|getattr\(\w*config, \"{re.escape(name)}\"")
+    return any(pattern.search(path.read_text(encoding="utf-8")) for path in folder.glob("modeling_*.py"))
 
 
 def _sub_configs(config_class: Any) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,24 +32,41 @@ def model_class(model: nn.Module) -> Any:
     return next(base for base in type(model).__mro__ if not base.__module__.startswith("torch."))
 
 
+def build_empty(kind: Any, config: Any, dtype: torch.dtype, **kwargs: Any) -> Any:
+    """A model of class `kind` with its parameters on meta and its buffers real, computed by the constructor.
+
+    Parameters and buffers that transformers keeps in float32 whatever the dtype are float32.
+    """
+
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.is_meta:
+            return None
+        return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            model = kind._from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
+    finally:
+        handle.remove()
+    for name in keep_in_fp32(model, model.state_dict(), dtype):
+        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if leaf in owner._parameters:
+            param = owner._parameters[leaf]
+            owner._parameters[leaf] = nn.Parameter(param.detach().float(), requires_grad=param.requires_grad)
+        else:
+            owner._buffers[leaf] = owner._buffers[leaf].float()
+    return model
+
+
 def blueprint(model: Any) -> Any:
-    """A model of the same class and config with its parameters on meta and its buffers real.
+    """An empty model of the same class and config as `model`.
 
     It is what transformers' mappings are asked with, because they go by class names, which FSDP changes, and it holds
     the values of buffers that only a constructor computes (rotary frequencies).
     """
-    config = copy.deepcopy(model.config)
-    dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
-
-    def to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
-        return None if param.is_meta else nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-
-    handle = nn.modules.module.register_module_parameter_registration_hook(to_meta)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            twin = model_class(model)._from_config(config, dtype=dtype)
-    finally:
-        handle.remove()
+    dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
+    twin = build_empty(model_class(model), model.config, dtype)
     if (conversions := vars(model).get("_weight_conversions")) is not None:
         twin._weight_conversions = conversions
     return twin
@@ -68,6 +85,16 @@ def tied_names(twin: Any) -> dict[str, str]:
 
 def ignored_on_save(twin: Any) -> set[str]:
     return set(twin._keys_to_ignore_on_save or ())
+
+
+def ignorable(twin: Any, which: str) -> Callable[[str], bool]:
+    """Whether transformers lets a name be "missing" from a folder, or a key of it be "unexpected"."""
+    patterns = set(getattr(twin, f"_keys_to_ignore_on_load_{which}", None) or ())
+    if which == "unexpected":
+        # Once saved, now computed.
+        patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    found = [re.compile(pattern) for pattern in patterns]
+    return lambda name: any(pattern.search(name) for pattern in found)
 
 
 def keep_in_fp32(twin: Any, names: Iterable[str], dtype: torch.dtype) -> list[str]:

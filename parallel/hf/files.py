@@ -84,7 +84,7 @@ class WeightsFolder:
                 raise CheckpointError(f"{file}: {key!r} has dtype {part.get_dtype()}, expected one of {list(_DTYPES)}.")
             dtype = _DTYPES[part.get_dtype()]
             self.file_of[key] = name
-            self.sources[key] = LazySource(key, part.get_shape(), dtype, self._reader(key, part, dtype))
+            self.sources[key] = LazySource.of(key, part.get_shape(), dtype, self._reader(key, part, dtype))
 
     def _reader(self, key: str, part: Any, dtype: torch.dtype) -> Any:
         def read_box(box: Box) -> Tensor:

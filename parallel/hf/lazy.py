@@ -5,8 +5,8 @@ comes out knows, for any box of it, which boxes of which sources hold those numb
 share and nothing else. An operation without a rule here still works: it is run on whole tensors when a box of its
 result is asked for, and logged once.
 
-Worked example: `torch.stack([a, b])[1]` of two lazy (4, 2) tensors, asked for the box ((0, 1), (0, 2)), reads one row of
-b and nothing of a.
+Worked example: `torch.stack([a, b])[1]` of two lazy (4, 2) tensors, asked for the box ((0, 1), (0, 2)), reads one row
+of b and nothing of a.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moeweave.parallel.hf.boxes import Box, box_shape, box_slices, intersect, shift, whole
 
 logger = logging.getLogger(__name__)
 
 
-class LazyTensor:
-    """Base of the nodes. A node gives `shape`, `dtype`, `fill(out, box)` and `leaves(box)`.
+class LazyTensor(Tensor):
+    """Base of the nodes. A node gives `fill(out, box)` and `leaves(box)`; shape and dtype are a tensor's own.
 
-    It stands in for a tensor in torch functions through `__torch_function__`, without being one: nothing can read its
-    numbers by accident.
+    It is a tensor to code that asks for one, has no memory, and raises where numbers would be needed.
     """
 
-    shape: torch.Size
-    dtype: torch.dtype
+    sizes: tuple[int, ...]
 
-    def fill(self, out: torch.Tensor, box: Box) -> None:
+    @staticmethod
+    def __new__(cls: Any, sizes: Sequence[int], dtype: torch.dtype) -> Any:
+        node = Tensor._make_wrapper_subclass(cls, torch.Size(sizes), dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        node.sizes = tuple(sizes)
+        return node
+
+    def fill(self, out: Tensor, box: Box) -> None:
         """Write the numbers of `box` into `out`, a tensor of the box's shape, casting to its dtype."""
         raise NotImplementedError
 
@@ -40,67 +45,47 @@ class LazyTensor:
         """The sources and their boxes that `fill(_, box)` reads."""
         raise NotImplementedError
 
-    def read(self, box: Box | None = None) -> torch.Tensor:
+    def read(self, box: Box | None = None) -> Tensor:
         """The numbers of `box` (default: all) as a new CPU tensor."""
-        box = whole(self.shape) if box is None else box
+        box = whole(self.sizes) if box is None else box
         out = torch.empty(box_shape(box), dtype=self.dtype)
         if out.numel():
             self.fill(out, box)
         return out
 
-    # ---- what code written for tensors asks of one
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def T(self) -> LazyTensor:  # noqa: N802
-        return self.t()
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> LazyTensor:
-        return _index(self, index if isinstance(index, tuple) else (index,))
-
-    def to(self, *args: Any, **kwargs: Any) -> LazyTensor:
-        dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-        return LazyCast(self, dtypes[0]) if dtypes and dtypes[0] != self.dtype else self
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.sizes}, {self.dtype})"
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        rule = _RULES.get(getattr(func, "__name__", ""))
-        result = rule(*args, **(kwargs or {})) if rule is not None else NotImplemented
-        return _opaque(func, args, kwargs or {}) if result is NotImplemented else result
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name == "__get__":  # a property
+            name = func.__self__.__name__  # type: ignore[attr-defined]
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        rule = _RULES.get(name)
+        result = rule(*args, **kwargs) if rule is not None else NotImplemented
+        return _opaque(func, args, kwargs) if result is NotImplemented else result
 
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(torch.Tensor, name, None)
-        if name.startswith("_") or not callable(method):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return lambda *args, **kwargs: LazyTensor.__torch_function__(method, (), (self, *args), kwargs)
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise RuntimeError(f"a lazy tensor has no numbers to compute {func} with")
 
 
 class LazySource(LazyTensor):
-    """Where numbers come from. `read_box(box)` gives a tensor of the box's shape; `name` identifies the source."""
+    """Where numbers come from. `read_box(box)` gives a tensor of the box's shape; `key` names the source."""
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, read_box: Callable[[Box], torch.Tensor]):
-        self.name, self.shape, self.dtype, self.read_box = name, torch.Size(shape), dtype, read_box
+    key: str
+    read_box: Callable[[Box], Tensor]
 
-    def fill(self, out: torch.Tensor, box: Box) -> None:
+    @classmethod
+    def of(cls, key: str, sizes: Sequence[int], dtype: torch.dtype, read_box: Callable[[Box], Tensor]) -> LazySource:
+        node = cls(sizes, dtype)
+        node.key, node.read_box = key, read_box
+        return node
+
+    def fill(self, out: Tensor, box: Box) -> None:
         out.copy_(self.read_box(box))
 
     def leaves(self, box: Box) -> Iterator[tuple[LazySource, Box]]:
@@ -110,28 +95,31 @@ class LazySource(LazyTensor):
 class LazyCat(LazyTensor):
     """Parts one after the other along `dim`."""
 
-    def __init__(self, parts: Sequence[LazyTensor], dim: int):
-        self.parts, self.at = list(parts), dim % parts[0].ndim
-        self.dtype = parts[0].dtype
-        shape = list(parts[0].shape)
+    parts: list[LazyTensor]
+    at: int
+
+    @classmethod
+    def of(cls, parts: Sequence[LazyTensor], dim: int) -> LazyCat:
+        at, sizes = dim % len(parts[0].sizes), list(parts[0].sizes)
         for part in parts:
-            rest = [n for d, n in enumerate(part.shape) if d != self.at]
-            if rest != [n for d, n in enumerate(shape) if d != self.at]:
-                raise ValueError(f"cannot concatenate shapes {[tuple(p.shape) for p in parts]} along dim {self.at}")
-        shape[self.at] = sum(part.shape[self.at] for part in parts)
-        self.shape = torch.Size(shape)
+            if part.sizes[:at] != parts[0].sizes[:at] or part.sizes[at + 1 :] != parts[0].sizes[at + 1 :]:
+                raise ValueError(f"shapes {parts[0].sizes} and {part.sizes} do not concatenate along dim {at}")
+        sizes[at] = sum(part.sizes[at] for part in parts)
+        node = cls(sizes, parts[0].dtype)
+        node.parts, node.at = list(parts), at
+        return node
 
     def _overlaps(self, box: Box) -> Iterator[tuple[LazyTensor, Box, Box]]:
         start = 0
         for part in self.parts:
-            stop = start + part.shape[self.at]
-            here = list(whole(self.shape))
+            stop = start + part.sizes[self.at]
+            here = list(whole(self.sizes))
             here[self.at] = (start, stop)
             if (common := intersect(box, tuple(here))) is not None:
                 yield part, shift(common, tuple(here)), shift(common, box)
             start = stop
 
-    def fill(self, out: torch.Tensor, box: Box) -> None:
+    def fill(self, out: Tensor, box: Box) -> None:
         for part, inner, outer in self._overlaps(box):
             part.fill(out[box_slices(outer)], inner)
 
@@ -144,11 +132,16 @@ class LazyView(LazyTensor):
     """A box of `base`, its dims reordered, dropped (those of size one) or added: result dim d is base dim `dims[d]`,
     or a new dim of size one where that is None."""
 
-    def __init__(self, base: LazyTensor, box: Box, dims: Sequence[int | None]):
-        self.base, self.box, self.dims = base, box, tuple(dims)
-        self.dtype = base.dtype
+    base: LazyTensor
+    box: Box
+    dims: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, base: LazyTensor, box: Box, dims: Sequence[int | None]) -> LazyView:
         sizes = box_shape(box)
-        self.shape = torch.Size(1 if d is None else sizes[d] for d in dims)
+        node = cls([1 if d is None else sizes[d] for d in dims], base.dtype)
+        node.base, node.box, node.dims = base, box, tuple(dims)
+        return node
 
     def _base_box(self, box: Box) -> Box:
         inner = list(self.box)
@@ -157,10 +150,10 @@ class LazyView(LazyTensor):
                 inner[d] = (self.box[d][0] + start, self.box[d][0] + stop)
         return tuple(inner)
 
-    def fill(self, out: torch.Tensor, box: Box) -> None:
+    def fill(self, out: Tensor, box: Box) -> None:
         inner = self._base_box(box)
         kept = [position for position, d in enumerate(self.dims) if d is not None]
-        dropped = [d for d in range(self.base.ndim) if d not in self.dims]
+        dropped = [d for d in range(len(self.base.sizes)) if d not in self.dims]
         for position in reversed([p for p, d in enumerate(self.dims) if d is None]):
             out = out.squeeze(position)
         order = sorted(range(len(kept)), key=lambda i: self.dims[kept[i]])  # type: ignore[arg-type, return-value]
@@ -176,10 +169,15 @@ class LazyView(LazyTensor):
 class LazyCast(LazyTensor):
     """`base` rounded to another dtype."""
 
-    def __init__(self, base: LazyTensor, dtype: torch.dtype):
-        self.base, self.shape, self.dtype = base, base.shape, dtype
+    base: LazyTensor
 
-    def fill(self, out: torch.Tensor, box: Box) -> None:
+    @classmethod
+    def of(cls, base: LazyTensor, dtype: torch.dtype) -> LazyCast:
+        node = cls(base.sizes, dtype)
+        node.base = base
+        return node
+
+    def fill(self, out: Tensor, box: Box) -> None:
         rounded = torch.empty(out.shape, dtype=self.dtype)
         self.base.fill(rounded, box)
         out.copy_(rounded)
@@ -191,16 +189,22 @@ class LazyCast(LazyTensor):
 class LazyCall(LazyTensor):
     """One result of a function that has no rule: the function runs on whole tensors, once."""
 
-    def __init__(self, call: _Call, at: int | None, like: torch.Tensor):
-        self.call, self.at, self.shape, self.dtype = call, at, like.shape, like.dtype
+    call: _Call
+    at: int | None
 
-    def fill(self, out: torch.Tensor, box: Box) -> None:
+    @classmethod
+    def of(cls, call: _Call, at: int | None, like: Tensor) -> LazyCall:
+        node = cls(like.shape, like.dtype)
+        node.call, node.at = call, at
+        return node
+
+    def fill(self, out: Tensor, box: Box) -> None:
         result = self.call.results()
         out.copy_((result if self.at is None else result[self.at])[box_slices(box)])
 
     def leaves(self, box: Box) -> Iterator[tuple[LazySource, Box]]:
         for lazy in self.call.inputs:
-            yield from lazy.leaves(whole(lazy.shape))
+            yield from lazy.leaves(whole(lazy.sizes))
 
 
 class _Call:
@@ -210,7 +214,7 @@ class _Call:
         _map(self.inputs.append, (args, kwargs))
         self._results: Any = None
 
-    def on(self, convert: Callable[[LazyTensor], torch.Tensor]) -> Any:
+    def on(self, convert: Callable[[LazyTensor], Tensor]) -> Any:
         args, kwargs = _map(convert, (self.args, self.kwargs))
         return self.func(*args, **kwargs)
 
@@ -224,11 +228,11 @@ class _Call:
 
 def _opaque(func: Callable, args: tuple, kwargs: dict) -> Any:
     call = _Call(func, args, kwargs)
-    meta = call.on(lambda lazy: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta"))
-    if isinstance(meta, torch.Tensor):
-        return LazyCall(call, None, meta)
-    if isinstance(meta, (tuple, list)) and all(isinstance(one, torch.Tensor) for one in meta):
-        return type(meta)(LazyCall(call, at, one) for at, one in enumerate(meta))
+    meta = call.on(lambda lazy: torch.empty(lazy.sizes, dtype=lazy.dtype, device="meta"))
+    if isinstance(meta, Tensor):
+        return LazyCall.of(call, None, meta)
+    if isinstance(meta, (tuple, list)) and all(isinstance(one, Tensor) for one in meta):
+        return type(meta)(LazyCall.of(call, at, one) for at, one in enumerate(meta))
     return meta
 
 
@@ -247,33 +251,35 @@ def _map(convert: Callable[[LazyTensor], Any], value: Any) -> Any:
 
 def _index(base: LazyTensor, index: tuple) -> LazyTensor:
     if any(not (one is Ellipsis or one is None or isinstance(one, (int, slice))) for one in index):
-        return _opaque(torch.Tensor.__getitem__, (base, index), {})
+        return _opaque(Tensor.__getitem__, (base, index), {})
     if Ellipsis in index:
         at = index.index(Ellipsis)
         given = sum(one is not None and one is not Ellipsis for one in index)
-        index = (*index[:at], *[slice(None)] * (base.ndim - given), *index[at + 1 :])
-    box, dims, d = list(whole(base.shape)), [], 0
+        index = (*index[:at], *[slice(None)] * (len(base.sizes) - given), *index[at + 1 :])
+    box, dims, d = list(whole(base.sizes)), [], 0
     for one in index:
         if one is None:
             dims.append(None)
             continue
         if isinstance(one, int):
-            if not -base.shape[d] <= one < base.shape[d]:
-                raise IndexError(f"index {one} is out of range for dim {d} of shape {tuple(base.shape)}")
-            box[d] = (one % base.shape[d], one % base.shape[d] + 1)
+            if not -base.sizes[d] <= one < base.sizes[d]:
+                raise IndexError(f"index {one} is out of range for dim {d} of shape {base.sizes}")
+            box[d] = (one % base.sizes[d], one % base.sizes[d] + 1)
         else:
-            start, stop, step = one.indices(base.shape[d])
+            start, stop, step = one.indices(base.sizes[d])
             if step != 1:
-                return _opaque(torch.Tensor.__getitem__, (base, index), {})
+                return _opaque(Tensor.__getitem__, (base, index), {})
             box[d] = (start, max(start, stop))
             dims.append(d)
         d += 1
-    return LazyView(base, tuple(box), [*dims, *range(d, base.ndim)])
+    return LazyView.of(base, tuple(box), [*dims, *range(d, len(base.sizes))])
 
 
 def _cat(tensors: Sequence[LazyTensor], dim: int = 0, **_: Any) -> Any:
     parts = [t for t in tensors if isinstance(t, LazyTensor)]
-    return LazyCat(parts, dim) if len(parts) == len(tensors) and len({t.dtype for t in parts}) == 1 else NotImplemented
+    return (
+        LazyCat.of(parts, dim) if len(parts) == len(tensors) and len({t.dtype for t in parts}) == 1 else NotImplemented
+    )
 
 
 def _stack(tensors: Sequence[LazyTensor], dim: int = 0, **_: Any) -> Any:
@@ -283,50 +289,65 @@ def _stack(tensors: Sequence[LazyTensor], dim: int = 0, **_: Any) -> Any:
 
 
 def _unsqueeze(base: LazyTensor, dim: int) -> LazyTensor:
-    dims: list[int | None] = list(range(base.ndim))
-    dims.insert(dim % (base.ndim + 1), None)
-    return LazyView(base, whole(base.shape), dims)
+    dims: list[int | None] = list(range(len(base.sizes)))
+    dims.insert(dim % (len(base.sizes) + 1), None)
+    return LazyView.of(base, whole(base.sizes), dims)
 
 
 def _squeeze(base: LazyTensor, dim: int | None = None) -> LazyTensor:
-    gone = [d for d in range(base.ndim) if base.shape[d] == 1 and (dim is None or d == dim % base.ndim)]
-    return LazyView(base, whole(base.shape), [d for d in range(base.ndim) if d not in gone])
+    gone = [d for d in range(len(base.sizes)) if base.sizes[d] == 1 and (dim is None or d == dim % len(base.sizes))]
+    return LazyView.of(base, whole(base.sizes), [d for d in range(len(base.sizes)) if d not in gone])
 
 
 def _transpose(base: LazyTensor, dim0: int, dim1: int) -> LazyTensor:
-    dims = list(range(base.ndim))
+    dims = list(range(len(base.sizes)))
     dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
-    return LazyView(base, whole(base.shape), dims)
+    return LazyView.of(base, whole(base.sizes), dims)
 
 
 def _permute(base: LazyTensor, *dims: Any) -> LazyTensor:
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-    return LazyView(base, whole(base.shape), [d % base.ndim for d in order])
+    return LazyView.of(base, whole(base.sizes), [d % len(base.sizes) for d in order])
 
 
 def _narrow(base: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
-    box = list(whole(base.shape))
+    box = list(whole(base.sizes))
     box[dim] = (start, start + length)
-    return LazyView(base, tuple(box), range(base.ndim))
+    return LazyView.of(base, tuple(box), range(len(base.sizes)))
 
 
 def _split(base: LazyTensor, sizes: int | Sequence[int], dim: int = 0) -> Any:
-    total = base.shape[dim]
+    total = base.sizes[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
     if sum(sizes) != total:
-        raise ValueError(f"cannot split dim {dim} of shape {tuple(base.shape)} into {list(sizes)}")
+        raise ValueError(f"cannot split dim {dim} of shape {base.sizes} into {list(sizes)}")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return tuple(_narrow(base, dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
 
 def _chunk(base: LazyTensor, chunks: int, dim: int = 0) -> Any:
-    return _split(base, max(1, -(-base.shape[dim] // chunks)), dim)
+    return _split(base, max(1, -(-base.sizes[dim] // chunks)), dim)
+
+
+def _unbind(base: LazyTensor, dim: int = 0) -> Any:
+    return tuple(_squeeze(_narrow(base, dim, at, 1), dim) for at in range(base.sizes[dim]))
+
+
+def _to(base: LazyTensor, *args: Any, **kwargs: Any) -> LazyTensor:
+    dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+    return LazyCast.of(base, dtypes[0]) if dtypes and dtypes[0] != base.dtype else base
 
 
 def _same(base: LazyTensor, *_: Any, **__: Any) -> LazyTensor:
     return base
 
+
+# Answered from shape and dtype alone.
+_METADATA = {
+    "shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_meta", "itemsize", "size", "dim", "numel",
+    "nelement", "element_size", "is_floating_point", "is_complex", "__len__", "stride", "is_contiguous",
+}  # fmt: skip
 
 _RULES: dict[str, Callable] = {
     "cat": _cat,
@@ -337,15 +358,19 @@ _RULES: dict[str, Callable] = {
     "squeeze": _squeeze,
     "transpose": _transpose,
     "swapaxes": _transpose,
-    "t": lambda base: _transpose(base, 0, -1) if base.ndim == 2 else base,
+    "t": lambda base: _transpose(base, 0, -1) if len(base.sizes) == 2 else base,
+    "T": lambda base: _permute(base, *reversed(range(len(base.sizes)))),
+    "mT": lambda base: _transpose(base, -1, -2),
     "permute": _permute,
     "narrow": _narrow,
     "split": _split,
     "chunk": _chunk,
+    "unbind": _unbind,
     "contiguous": _same,
     "clone": _same,
     "detach": _same,
+    "data": _same,
     "cpu": _same,
-    "is_floating_point": lambda base: base.dtype.is_floating_point,
-    "element_size": lambda base: base.dtype.itemsize,
+    "to": _to,
+    "__getitem__": lambda base, index: _index(base, index if isinstance(index, tuple) else (index,)),
 }
