@@ -34,7 +34,8 @@ def _draw_loss(axis: Any, lines: list[dict[str, Any]]) -> None:
     window = max(1, min(10, len(losses) // 5))
     if window > 1:
         mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axis.plot(steps[window - 1 :], mean, color="#1f4e9c", linewidth=2, label=f"mean of {window}")
+        middle = steps[window // 2 : window // 2 + len(mean)]
+        axis.plot(middle, mean, color="#1f4e9c", linewidth=2, label=f"mean of {window}")
     axis.set(xlabel="step", ylabel="loss (nats per token)", title=f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)

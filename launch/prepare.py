@@ -12,12 +12,14 @@ from moeweave.launch import data
 from moeweave.launch.schema import ConfigError, DataConfig, MeshConfig, ModelConfig
 from moeweave.parallel.adapter import find_moe_blocks
 from moeweave.parallel.hf.build import build_model
+from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
 
 
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
     """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
     Plan.from_dict(plan)
+    check_axes(mesh.sizes())
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
     blocks = find_moe_blocks(built)
     if mesh.ep > 1 and not blocks:
@@ -56,4 +58,5 @@ def describe(model: nn.Module) -> str:
     experts = [block.num_experts for block in find_moe_blocks(model)]
     kinds = "/".join(str(num) for num in sorted(set(experts)))
     moe = f"{len(experts)} MoE layers of {kinds} experts" if experts else "no experts"
-    return f"{type(model).__name__}, {count / 1e6:.1f} M parameters, {moe}"
+    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own of each
+    return f"{name}, {count / 1e6:.1f} M parameters, {moe}"

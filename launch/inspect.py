@@ -1,0 +1,142 @@
+"""`moeweave-inspect`: what moeweave finds in a model and what a mesh would make of it, without allocating any of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from moeweave.launch import report
+from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
+from moeweave.parallel.hf.build import SIZES, build_model
+from moeweave.parallel.mesh import MeshSizes
+from moeweave.parallel.parallelize import check_axes
+from moeweave.parallel.plan import Plan
+
+EXAMPLES = """\
+examples:
+  moeweave-inspect qwen3_moe                      a model type, at the sizes that its config has by default
+  moeweave-inspect path/to/config.json            any config; nothing is downloaded, no weight is read
+  moeweave-inspect mixtral --dp 8 --ep 8          what each of 8 ranks would hold
+  moeweave-inspect deepseek_v3 --dp 64 --ep 32 --dtype bfloat16
+  moeweave-inspect olmoe --set num_hidden_layers=2 --set num_experts=16
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 found and fits, 2 refused, with the reason on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        sizes = MeshSizes(**{field.name: getattr(arguments, field.name) for field in fields(MeshSizes)})
+        plan = Plan(data=arguments.data)
+        overrides = dict(_override(text) for text in arguments.set)
+        dtype = getattr(torch, arguments.dtype)
+        model = build_model(arguments.source, overrides, size=arguments.size, device="meta", dtype=dtype)
+        blocks = find_moe_blocks(model)
+        check_axes(sizes)
+        for block in blocks:
+            sizes.check_experts(block.num_experts, block.path)
+    except ValueError as error:
+        print(f"moeweave-inspect: refused: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    console.print(_heading(model, arguments.source))
+    if not blocks:
+        console.print("It has no mixture-of-experts blocks: only data parallelism applies.")
+    for table in _block_tables(blocks, model):
+        console.print(table)
+    for table in (_counts(model, blocks), _sharding(model, blocks, sizes, plan), _memory(model, blocks, sizes, plan)):
+        console.print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moeweave-inspect",
+        description="Shows the MoE blocks of a model, how they would be spread over a mesh, and the memory of a rank.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a model type of transformers, a config.json, or a folder that holds one")
+    parser.add_argument("--size", choices=SIZES, default="given", help="the config's own sizes, or tiny ones")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
+    parser.add_argument("--data", choices=("fsdp2", "ddp"), default="fsdp2", help="engine of the data axes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters")
+    axes = parser.add_argument_group("mesh sizes, all 1 by default")
+    for field in fields(MeshSizes):
+        axes.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=1, metavar="N")
+    return parser
+
+
+def _override(text: str) -> tuple[str, object]:
+    name, found, value = text.partition("=")
+    if not found:
+        raise ValueError(f"--set {text}: must be FIELD=VALUE, for example --set num_hidden_layers=2.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+# ---- tables
+
+
+def _heading(model: nn.Module, source: str) -> str:
+    return f"[bold]{type(model).__name__}[/bold] ({source})"
+
+
+def _block_tables(blocks: list[MoEBlock], model: nn.Module) -> list[Table]:
+    """One table for each kind of block; blocks that differ in their layer number alone share one."""
+    tables = []
+    for same in report.alike(blocks, model):
+        first = same[0]
+        table = Table(title=report.common_path([block.path for block in same]), title_justify="left", show_header=False)
+        table.add_column(style="cyan")
+        table.add_column(overflow="fold")
+        for name, value in report.facts(first, model, len(same)):
+            table.add_row(name, escape(value))
+        tables.append(table)
+    return tables
+
+
+def _counts(model: nn.Module, blocks: list[MoEBlock]) -> Table:
+    counts = report.count(model, blocks)
+    table = Table("", "all of them", "active per token", title="Parameters", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("experts", f"{counts.experts:,}", f"{counts.experts_active:,}")
+    table.add_row("the rest", f"{counts.dense:,}", f"{counts.dense:,}")
+    everything, active = counts.experts + counts.dense, counts.experts_active + counts.dense
+    table.add_row("all", f"{everything:,}", f"{active:,}", style="bold")
+    return table
+
+
+def _sharding(model: nn.Module, blocks: list[MoEBlock], sizes: MeshSizes, plan: Plan) -> Table:
+    title = f"Placement on {sizes.world} rank{'s' if sizes.world > 1 else ''} ({report.shown(sizes)})"
+    table = Table("parameters", "shape", "placement", "on each rank", title=title, title_justify="left")
+    table.columns[0].overflow = "fold"
+    for row in report.placements(model, blocks, sizes, plan):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _memory(model: nn.Module, blocks: list[MoEBlock], sizes: MeshSizes, plan: Plan) -> Table:
+    title = "Memory of a rank, without activations"
+    table = Table("", "weights", "gradients", "Adam", "sum", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, numbers in report.memory(model, blocks, sizes, plan):
+        table.add_row(name, *(report.gib(number) for number in numbers), style="bold" if name == "all" else "")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
