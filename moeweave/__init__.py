@@ -13,7 +13,7 @@ from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import replay_routing
-from moeweave.parallel.record import expert_load
+from moeweave.parallel.record import expert_load, update_router_bias
 from moeweave.parallel.verify import gradient_parity
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "param_groups",
     "register_moe",
     "replay_routing",
+    "update_router_bias",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 PACKED_FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 _ROUTER_NAMES = ("gate", "router")
+_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 _SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
 
@@ -199,11 +200,11 @@ def _surroundings(path: str, modules: dict[str, nn.Module]) -> dict[str, Any]:
 
 
 def _correction_bias(block: nn.Module, path: str) -> tuple[str, str] | None:
-    for name, _ in block.named_buffers():
-        if name.startswith(("experts.", "shared")) or not name.endswith("e_score_correction_bias"):
-            continue
+    """A buffer, or in a few models a frozen parameter, of the block or its router."""
+    for name, value in (*block.named_buffers(), *block.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        return ".".join(part for part in (path, owner) if part), leaf
+        if leaf in _BIAS_NAMES and not value.requires_grad:
+            return ".".join(part for part in (path, owner) if part), leaf
     return None
 
 

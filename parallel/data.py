@@ -24,22 +24,19 @@ from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
 
 
-def repeated_blocks(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]:
-    """The units of sharding and recomputation: entries of the outermost ModuleLists that hold experts.
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The units of sharding and recomputation: entries of the outermost ModuleLists that are no lists of experts.
 
-    For a transformer these are its decoder layers, dense ones included; a model without such a list has none.
+    For a transformer these are its decoder layers; a model without such a list has none.
     """
-    lists: list[nn.ModuleList] = []
+    units: list[nn.Module] = []
     inside: set[int] = set()
-    homes = {block.block_path for block in blocks}
     for path, module in model.named_modules():
-        if id(module) in inside or not isinstance(module, nn.ModuleList):
+        if id(module) in inside or not isinstance(module, nn.ModuleList) or path.endswith("experts"):
             continue
-        prefix = f"{path}."
-        if not blocks or any(home.startswith(prefix) for home in homes):
-            lists.append(module)
-            inside.update(id(child) for child in module.modules())
-    return [entry for entry_list in lists for entry in entry_list]
+        units.extend(entry for entry in module if any(True for _ in entry.parameters()))
+        inside.update(id(child) for child in module.modules())
+    return units
 
 
 def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
@@ -69,7 +66,7 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
             replicate(model, ignored_modules=experts, process_group=mesh.data_group, find_unused_parameters=True)
         return
     options: dict[str, Any] = {"mesh": _dense_mesh(mesh), "mp_policy": _precision(plan), "ignored_params": apart}
-    for unit in repeated_blocks(model, blocks):
+    for unit in repeated_blocks(model):
         fully_shard(unit, **options)
     fully_shard(model, **options)
 

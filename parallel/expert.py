@@ -31,6 +31,9 @@ from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
 
+# (slice [e, ...], first expert of the slice, number of experts in it) -> the slice with an adapter's update.
+Delta = Callable[[Tensor, int, int], Tensor]
+
 
 def shard_experts(block: MoEBlock, mesh: Mesh) -> None:
     """Keep this rank's block of the experts: slices as DTensors over `ep`, or the ModuleList entries it owns.
@@ -75,7 +78,9 @@ class ExpertCall:
 
     Attributes:
         load_E: int64 routes per expert (whole range) of this rank's tokens since `reset`, recomputation not counted.
-        kept_E: the same, after capacity dropped some; stays zero without a capacity.
+        step_E: the same in training mode only, since the last update of the router's bias.
+        kept_E: like load_E, after capacity dropped some; stays zero without a capacity.
+        deltas: by parameter name, what low-rank adapters add to this rank's slice.
         masked: while True this rank's tokens are routed nowhere; it only serves the other ranks' rows.
     """
 
@@ -87,10 +92,11 @@ class ExpertCall:
         self.first_local = mesh.expert.get_local_rank("ep") * self.num_local
         self.own_forward = type(block.experts).forward
         self.run_local = {"packed": self._packed, "stacked": self._stacked, "modulelist": self._listed}[block.kind]
-        self.deltas: dict[str, Callable[[Tensor, int, int], Tensor]] = {}
+        self.deltas: dict[str, Delta] = {}
         self.masked = False
         self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)
         self.kept_E = torch.zeros_like(self.load_E)
+        self.step_E = torch.zeros_like(self.load_E)
 
     def reset(self) -> None:
         """Forget the load counted so far."""
@@ -116,6 +122,8 @@ class ExpertCall:
         if self.masked:
             ids_TK = torch.full_like(ids_TK, -1)
         count_routes(self.load_E, ids_TK)
+        if self.block.experts.training:
+            count_routes(self.step_E, ids_TK)
         if self.plan.capacity is not None:
             per_expert = math.ceil(self.plan.capacity * ids_TK.numel() / num_experts)
             ids_TK, weights_TK, _ = apply_capacity(ids_TK, weights_TK, per_expert, by=self.plan.drop)
@@ -144,7 +152,7 @@ class ExpertCall:
             apply_gate=experts._apply_gate if experts.has_gate else experts.act_fn,
             post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
         )
-        return local_experts(weights, rows_RD.to(weights.gate_up.dtype), offsets_e)
+        return local_experts(weights, rows_RD.to(weights.gate_up.dtype), offsets_e, exact=True)
 
     def _stacked(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
         """The module's own forward, with this rank's slices as its parameters and one route of weight 1 a row."""

@@ -10,6 +10,8 @@ from torch import nn
 from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks
 from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
+from moeweave.parallel.generate import install_lockstep
+from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.plan import Plan
@@ -59,10 +61,16 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
 
     calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
     record = Record(mesh, plan, blocks, calls, top_k_of(model), _aux_coef(model))
+    # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
+    core = base_model(model)
     if plan.recompute:
-        apply_recompute(model, repeated_blocks(model, blocks))
-    apply_data_parallel(model, blocks, mesh, plan)
-    install_loss_hooks(model, record)
+        apply_recompute(core, repeated_blocks(core))
+    apply_data_parallel(core, blocks, mesh, plan)
+    install_loss_hooks(core, record)
+    install_lockstep(core, record)
+    if core is not model:
+        call_with_hooks(core)
+        vars(core)["_moeweave"] = record
     vars(model)["_moeweave"] = record
     return model
 
@@ -76,7 +84,9 @@ def check_axes(sizes: MeshSizes) -> None:
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:
     shard_experts(block, mesh)
-    return install_expert_call(block, top_k_of(model), mesh, plan, model.get_submodule(block.block_path))
+    call = install_expert_call(block, top_k_of(model), mesh, plan, model.get_submodule(block.block_path))
+    install_deltas(model, block, call)
+    return call
 
 
 def _config(model: nn.Module) -> Any:

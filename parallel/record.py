@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moeweave.moe.balance import bias_update
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.expert import ExpertCall
 from moeweave.parallel.mesh import Mesh
@@ -54,3 +58,38 @@ def expert_load(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
         for call in record.calls:
             call.reset()
     return load
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
+    """Balance experts without a loss: nudge every router's choice-only bias against the load of the last step.
+
+    DeepSeek-V3's rule (arXiv 2412.19437, 2.1.2): an expert above the mean load of the global batch loses `rate`, one below
+    gains it. Call it once after each optimizer step; micro-batches count together, evaluation and recomputation do not.
+    Collective: every rank calls it.
+
+    Args:
+        model: from `parallelize`, with routers that hold an `e_score_correction_bias`.
+        rate: size of the nudge.
+
+    Raises:
+        ValueError: no router of the model has such a bias.
+    """
+    record = record_of(model)
+    biased = [(block, call) for block, call in zip(record.blocks, record.calls, strict=True) if block.correction_bias]
+    if not biased:
+        raise ValueError(
+            f"{type(model).__name__} has no router with an e_score_correction_bias to update. Use the auxiliary loss."
+        )
+    loads = torch.stack([call.step_E for _, call in biased])
+    if record.mesh.data_size > 1:
+        dist.all_reduce(loads, group=record.mesh.data_group)
+    for (block, call), load_E in zip(biased, loads, strict=True):
+        assert block.correction_bias is not None
+        path, name = block.correction_bias
+        bias = getattr(model.get_submodule(path), name)
+        delta = bias_update(load_E, rate).to(bias.dtype).view(bias.shape)
+        if isinstance(bias, DTensor):
+            delta = distribute_tensor(delta, bias.device_mesh, bias.placements, src_data_rank=None)
+        bias.add_(delta)
+        call.step_E.zero_()
