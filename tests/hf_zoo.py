@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 CORE = ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "glm4_moe", "qwen2_moe"]
+# The ways that experts differ: transposed, without gate, normed after, undecorated (the fallback), two per layer.
+LAYOUTS = ["aria", "nemotron_h", "muse_spark", "step3p7", "ernie4_5_vl_moe"]
 
 # Architectures that no gradient over ranks can be compared for, and why.
 NOT_WRAPPABLE = {
@@ -160,6 +162,7 @@ MROPE = dict(
 LINEAR_FULL = layers("linear_attention", "full_attention")
 MAMBA = dict(mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8)
 
+# Where initializer_range is given, TINY's makes fp32 noise in some scalar's gradient near the parity tests' tolerance.
 SPECS: dict[str, Spec] = {
     "afmoe": of("AfmoeForCausalLM", DENSE_LAYER),
     "aria": of("AriaTextForCausalLM", config="AriaTextConfig"),
@@ -179,6 +182,7 @@ SPECS: dict[str, Spec] = {
         compress_rates=dict(compressed_sparse_attention=2, heavily_compressed_attention=4),
         o_groups=2,
         o_lora_rank=8,
+        initializer_range=0.15,
     ),
     "diffusion_gemma": of(
         "DiffusionGemmaForBlockDiffusion", canvas_length=8, vision_config=dict(TINY_TOWER, model_type="gemma4_vision")
@@ -196,7 +200,7 @@ SPECS: dict[str, Spec] = {
         enable_moe_block=True,
         vocab_size_per_layer_input=VOCAB,
         hidden_size_per_layer_input=8,
-        initializer_range=0.1,
+        initializer_range=0.3,
     ),
     "glm4_moe": of("Glm4MoeForCausalLM", DENSE_FIRST),
     "glm4_moe_lite": of("Glm4MoeLiteForCausalLM", DSS, MLA),
@@ -219,7 +223,7 @@ SPECS: dict[str, Spec] = {
     "granitemoeshared": of("GraniteMoeSharedForCausalLM"),
     "hunyuan_v1_moe": of("HunYuanMoEV1ForCausalLM"),
     "hy_v3": of("HYV3ForCausalLM", DSS),
-    "hy_v4": of("HYV4ForCausalLM", DSS, initializer_range=0.1),
+    "hy_v4": of("HYV4ForCausalLM", DSS, initializer_range=0.4),
     "inkling": of("InklingForCausalLM", SWA_HEADS, config="InklingTextConfig"),
     "inkling2": of("Inkling2ForCausalLM", SWA_HEADS, config="Inkling2TextConfig"),
     "jamba": of("JambaForCausalLM", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1),

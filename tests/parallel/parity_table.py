@@ -1,0 +1,124 @@
+"""Gradient parity of every architecture of the zoo: `python tests/parallel/parity_table.py --out FILE`.
+
+Each model runs one step over ranks, with another batch and other padding on each and the balance loss on, and once
+unwrapped on the whole batch in one process. Writes FILE.json and FILE.md (a table for the README); exits with 1 when an
+architecture that should pass does not.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hf_zoo import NOT_WRAPPABLE, SPECS, ZOO, make_batch
+from run_ranks import RankError, run_ranks
+
+MESHES = [(2, 2), (4, 4), (4, 2)]  # ranks, ep
+
+
+def parity(name: str, ep: int) -> dict[str, Any]:
+    """One rank of one comparison, all ranks being data ranks; a row of the table, equal on every rank."""
+    import torch.distributed as dist
+
+    import moeweave as mw
+    from moeweave.parallel.verify import gradient_parity
+
+    models = []
+
+    def prepare(model: Any) -> None:
+        models.append(model.train(SPECS[name].training))
+
+    mesh = mw.Mesh(dp=dist.get_world_size(), ep=ep)
+    report = gradient_parity(ZOO[name], partial(make_batch, name), mesh, prepare=prepare)
+    record = models[-1]._moeweave
+    experts = [block.experts.get_parameter(key) for block in record.blocks for key in block.params]
+    return {
+        "architecture": name,
+        "experts": layout(record.blocks[0]),
+        "blocks": len(record.blocks),
+        "ranks": dist.get_world_size(),
+        "ep": ep,
+        "experts_per_rank": sorted({call.num_local for call in record.calls}),
+        "share_held": sorted({param.to_local().numel() / param.numel() for param in experts}),
+        "aux_loss": record.aux_checked,
+        "loss_error": report.loss_error,
+        "norm_error": abs(report.norm - report.reference_norm) / report.reference_norm,
+        "worst": report.worst,
+        "worst_name": report.worst_name,
+        "gradients": len(report.errors),
+        "tolerance": report.tolerance,
+        "ok": report.ok,
+    }
+
+
+def layout(block: Any) -> str:
+    """Which path a block's experts take, and how its weights lie where that is not the usual way."""
+    if block.kind != "packed":
+        return f"own forward ({block.kind})"
+    experts = block.experts
+    odd = {
+        "no gate": not experts.has_gate,
+        "transposed": experts.is_transposed,
+        "interleaved": not getattr(experts, "is_concatenated", True),
+        "bias": experts.has_bias,
+        "own gate": experts.has_gate and type(experts)._apply_gate.__module__ == type(experts).__module__,
+        "post-norm": getattr(experts, "has_post_expert_norm", False),
+    }
+    return ", ".join(["grouped GEMM", *(word for word, holds in odd.items() if holds)])
+
+
+def rows(names: list[str]) -> list[dict[str, Any]]:
+    table = []
+    for name in names:
+        for ranks, ep in MESHES if name not in NOT_WRAPPABLE else []:
+            try:
+                row = run_ranks(ranks, parity, name, ep)[0]
+            except RankError as error:
+                row = {"architecture": name, "ranks": ranks, "ep": ep, "ok": False, "reason": str(error).split("\n")[0]}
+            table.append(row)
+            print(line(row), flush=True)
+        if name in NOT_WRAPPABLE:
+            table.append({"architecture": name, "reason": NOT_WRAPPABLE[name]})
+            print(line(table[-1]), flush=True)
+    return table
+
+
+def line(row: dict[str, Any]) -> str:
+    where = f"| {row['architecture']} | {row.get('experts', '')} | {row.get('ranks', '')} / {row.get('ep', '')} |"
+    if "worst" not in row:
+        return f"{where} | | {'not compared' if 'ok' not in row else 'FAILED'}: {row['reason']} |"
+    verdict = "pass" if row["ok"] else "FAILED"
+    return f"{where} {row['loss_error']:.1e} | {row['worst']:.1e} `{row['worst_name']}` | {verdict} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where to write, without suffix")
+    parser.add_argument("--only", nargs="*", default=list(ZOO), help="architectures; all of the zoo by default")
+    chosen = parser.parse_args()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Ranks import the function by its module's name, which is not __main__.
+    from parity_table import rows
+
+    table = rows(chosen.only)
+    passed = sorted({row["architecture"] for row in table} - {r["architecture"] for r in table if not r.get("ok")})
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": table}, indent=1) + "\n")
+    heading = (
+        f"{len(passed)} architectures of transformers {versions['transformers']} on torch {versions['torch']}, fp32."
+    )
+    columns = "| architecture | experts | ranks / ep | loss error | worst gradient error | |\n|---|---|---|---|---|---|"
+    chosen.out.with_suffix(".md").write_text("\n".join([heading, "", columns, *map(line, table)]) + "\n")
+    print(heading)
+    return int(any(row.get("ok") is False for row in table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
