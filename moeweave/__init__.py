@@ -14,11 +14,12 @@ from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import replay_routing
 from moeweave.parallel.record import expert_load, update_router_bias
-from moeweave.parallel.verify import gradient_parity
+from moeweave.parallel.verify import ParityReport, gradient_parity
 
 __all__ = [
     "Mesh",
     "MoEAdapter",
+    "ParityReport",
     "Plan",
     "UnsupportedModel",
     "clip_grad_norm_",
