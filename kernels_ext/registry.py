@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("moeweave")
 
 
 class Implementation(Protocol):

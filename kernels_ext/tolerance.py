@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-# Relative RMS error allowed between two ways to compute the same thing in a dtype. Measured on MoE layers with up to 4096
-# rows and 2048 columns, forward and every gradient: worst seen 4e-16, 6e-7, 9e-4 and 7e-3.
+# Relative RMS error allowed between two ways to compute the same thing in a dtype.
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,

@@ -33,7 +33,7 @@ def aux_loss(probs_TE: Tensor, ids_TK: Tensor, mask_T: Tensor | None = None, *, 
     Two tokens with probabilities [0.8, 0.2] and [0.6, 0.4], both routed to expert 0: 2 * (1 * 0.7 + 0 * 0.3) = 1.4.
 
     probs_TE: [T, E] router probabilities, each row sums to 1. ids_TK: [T, K] int64, -1 is not routed.
-    mask_T: [T] bool, False for padding. reduce: sums over the ranks whose tokens are the batch; None is this rank alone.
+    mask_T: [T] bool, False for padding. reduce: sums over the ranks that share the batch; None is this rank alone.
     Returns a float32 scalar (float64 of float64), 0 without tokens. Hugging Face's loss is K times this one.
     """
     wide = _widen(probs_TE)

@@ -86,7 +86,7 @@ def _expert_of_rows(offsets_e: Tensor, num_rows: int) -> Tensor:
 
 
 class _BiasOfRows(torch.autograd.Function):
-    """bias_eF[expert_R]; the gradient is summed in row order in float32, never by atomics, without rows past the end."""
+    """bias_eF[expert_R]; the gradient is summed in row order in float32, without atomics and rows past the end."""
 
     @staticmethod
     def forward(ctx: Any, bias_eF: Tensor, expert_R: Tensor, offsets_e: Tensor) -> Tensor:
