@@ -29,19 +29,27 @@ def together() -> Iterator[None]:
 
     The body must hold no collective that a failing rank would skip. Leaving the context is one.
     """
-    error: Exception | None = None
     try:
         yield
-    except Exception as raised:  # noqa: BLE001  (whatever it is, all ranks raise it)
-        error = raised
-    agree(error)
+    except Exception as error:
+        first = _first_error(error)
+        if first is not None and first is not error:
+            raise first from None
+        raise
+    agree(None)
 
 
 def agree(error: Exception | None) -> None:
     """Raises, on all ranks, the error of the lowest rank that has one. A collective."""
+    if (first := _first_error(error)) is not None:
+        raise first
+
+
+def _first_error(error: Exception | None) -> Exception | None:
     for at, other in enumerate(everyones(None if error is None else _sendable(error))):
         if other is not None:
-            raise error if error is not None and at == rank() else other
+            return error if at == rank() else other
+    return None
 
 
 def rank() -> int:

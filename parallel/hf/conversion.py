@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,8 +125,9 @@ class Reading:
     conversions: list[Any]
 
 
-def plan_reading(twin: Any, disk: Mapping[str, LazyTensor]) -> Reading:
-    """Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, on lazy tensors.
+def plan_reading(twin: Any, disk: Mapping[str, LazyTensor], path: Path) -> Reading:
+    """Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, on lazy tensors. `path` is for
+    errors.
 
     Raises CheckpointError when the keys of a parameter cannot be put together.
     """
@@ -156,22 +159,43 @@ def plan_reading(twin: Any, disk: Mapping[str, LazyTensor]) -> Reading:
     values: dict[str, LazyTensor] = {}
     keys: dict[str, list[str]] = {}
     for name, group in groups.items():
-        for target, value in _convert(group, name, twin, group_keys[name]).items():
+        try:
+            converted = _convert(group, name, twin)
+        except Exception as error:
+            made_of = group_keys[name]
+            raise CheckpointError(
+                f"{path}: {name} cannot be put together from {len(made_of)} keys ({made_of[0]!r}, ...): "
+                f"{' '.join(str(error).split())}.{oddity(made_of, disk)} "
+                "The folder is damaged, or of another model than its config.json says."
+            ) from error
+        for target, value in converted.items():
             values[target] = value[0] if isinstance(value, list) else value
             keys[target] = group_keys[name]
     used = [one for one in mapping if not hasattr(one, "was_used") or one.was_used()]
     return Reading(values, keys, unexpected, used)
 
 
-def _convert(group: Any, name: str, twin: Any, keys: list[str]) -> Any:
-    try:
-        result = group.convert(name, model=twin, config=twin.config)
-    except Exception as error:
-        raise CheckpointError(
-            f"{name} cannot be put together from {_listed(keys)}: {' '.join(str(error).split())}. "
-            "The folder may lack some of its keys, or be of another model."
-        ) from error
+def _convert(group: Any, name: str, twin: Any) -> Any:
+    result = group.convert(name, model=twin, config=twin.config)
     return result[0] if isinstance(result, tuple) else result
+
+
+def oddity(keys: Iterable[str], disk: Mapping[str, LazyTensor]) -> str:
+    """What is wrong with a numbered list of keys, in words: a number left out, or a shape unlike the others'."""
+    forms: dict[str, dict[int, str]] = {}
+    for key in keys:
+        *_, at = [None, *re.finditer(r"\d+", key)]
+        if at is not None:
+            forms.setdefault(f"{key[: at.start()]}{{}}{key[at.end() :]}", {})[int(at.group())] = key
+    size = max((max(numbered) + 1 for numbered in forms.values()), default=0)
+    for form, numbered in forms.items():
+        if lost := sorted(set(range(size)) - set(numbered)):
+            return f" {form.format(lost[0])!r} is not there."
+        shapes = Counter(tuple(disk[key].shape) for key in numbered.values())
+        usual = shapes.most_common(1)[0][0]
+        if odd := next((key for key in numbered.values() if tuple(disk[key].shape) != usual), None):
+            return f" {odd!r} has shape {tuple(disk[odd].shape)}, the others {usual}."
+    return ""
 
 
 def plan_writing(twin: Any, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -189,7 +213,3 @@ def _natural(key: str) -> list[tuple[Any, ...]]:
         number = int(part[len(text) :]) if len(text) < len(part) else -1
         order.append((1, text, number) if text else (0, "", number))
     return order
-
-
-def _listed(keys: list[str]) -> str:
-    return f"{keys[0]!r}" if len(keys) == 1 else f"{len(keys)} keys ({keys[0]!r} to {keys[-1]!r})"

@@ -68,13 +68,13 @@ class WeightsFolder:
                 )
 
     def _open(self, name: str) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         file = self.path / name
         try:
             handle = safe_open(str(file), framework="pt", device="cpu").__enter__()
             entries = [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118 (not a dict)
-        except Exception as error:  # safetensors raises an exception type of its own, and OSError
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} is not a readable safetensors file ({error}). It may be cut short or of another format; "
                 "copy or download it again."

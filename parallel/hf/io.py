@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeweave.parallel.agreement import CheckpointError, agree, rank, together
+from moeweave.parallel.agreement import CheckpointError, rank, together
 from moeweave.parallel.hf.build import load_config
 from moeweave.parallel.hf.conversion import (
     blueprint,
@@ -120,7 +120,7 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: int |
     write_share(staged, export, layout)
     with together():
         if rank() == 0:
-            params = {name for name in named_params(model)} | (export.specs.keys() - state.keys())
+            params = set(named_params(model)) | (export.specs.keys() - state.keys())
             numel = (torch.Size(sizes).numel() for name, (sizes, _) in export.specs.items() if name in params)
             write_index(staged, export, layout, sum(numel))
             if twin is not None:

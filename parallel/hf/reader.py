@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from moeweave.parallel.hf.conversion import (
     computed_buffers,
     ignorable,
     is_hugging_face,
+    oddity,
     plan_reading,
 )
 from moeweave.parallel.hf.files import WeightsFolder
@@ -41,7 +41,7 @@ def load_weights(path: Path, model: nn.Module, device: torch.device | str) -> No
     with together():
         folder = WeightsFolder(path)
         twin = blueprint(model) if is_hugging_face(model) else None
-        reading = plan_reading(twin, folder.sources) if twin is not None else _by_name(folder)
+        reading = _by_name(folder) if twin is None else plan_reading(twin, folder.sources, folder.path)
         _check_fit(model, folder, reading, (lambda name: False) if twin is None else ignorable(twin, "missing"))
         if on_meta(model):
             materialize(model, device, {} if twin is None else computed_buffers(twin))
@@ -81,24 +81,9 @@ def _check_fit(model: nn.Module, folder: WeightsFolder, reading: Reading, may_mi
             if len(keys) > 1:
                 where += f" and {len(keys) - 1} more keys up to {keys[-1]!r} make"
             raise CheckpointError(
-                f"{where} {name} of shape {tuple(value.shape)}, expected {tuple(tensor.shape)}.{_gap(keys)} "
-                f"The folder is of another {type(model).__name__}, or damaged: build the model from its config.json."
+                f"{where} {name} of shape {tuple(value.shape)}, expected {tuple(tensor.shape)}."
+                f"{oddity(keys, folder.sources)} The folder is of another {type(model).__name__}, or damaged: build the model from its config.json."
             )
-
-
-def _gap(keys: list[str]) -> str:
-    """Which number is left out of a numbered list of keys, in words; nothing when none is."""
-    forms: dict[str, set[int]] = {}
-    for key in keys:
-        numbers = list(re.finditer(r"\d+", key))
-        if numbers:
-            at = numbers[-1]
-            forms.setdefault(f"{key[: at.start()]}{{}}{key[at.end() :]}", set()).add(int(at.group()))
-    size = max((max(numbers) + 1 for numbers in forms.values()), default=0)
-    for form, numbers in forms.items():
-        if lost := sorted(set(range(size)) - numbers):
-            return f" {form.format(lost[0])!r} is not there."
-    return ""
 
 
 def _check_tied(folder: WeightsFolder, reading: Reading, state: dict[str, Tensor], names: list[str]) -> None:
