@@ -5,6 +5,7 @@ Plan          policy: data engine, dispatcher, balance loss, compute dtype, reco
 parallelize   spread a Hugging Face or plain model over a mesh, in place
 """
 
+from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEAdapter, UnsupportedModel, register_moe
 from moeweave.parallel.data import no_sync
 from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
@@ -19,6 +20,7 @@ from moeweave.parallel.verify import ParityReport, gradient_parity
 __all__ = [
     "Mesh",
     "MoEAdapter",
+    "MoELayer",
     "ParityReport",
     "Plan",
     "UnsupportedModel",

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moeweave.comm.dispatch import TokenDispatcher
 from moeweave.comm.dispatchers.select import make_dispatcher
-from moeweave.comm.load import count_routes
-from moeweave.moe.balance import apply_capacity
+from moeweave.moe.balance import apply_capacity, load
 from moeweave.moe.experts import ExpertWeights, local_experts
+from moeweave.moe.layer import accumulate
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
@@ -121,13 +121,14 @@ class ExpertCall:
             weights_TK = weights_TK.gather(1, ids_TK.clamp(0, num_experts - 1))
         if self.masked:
             ids_TK = torch.full_like(ids_TK, -1)
-        count_routes(self.load_E, ids_TK)
+        load_E = load(ids_TK, num_experts)
+        accumulate(self.load_E, load_E)
         if self.block.experts.training:
-            count_routes(self.step_E, ids_TK)
+            accumulate(self.step_E, load_E)
         if self.plan.capacity is not None:
             per_expert = math.ceil(self.plan.capacity * ids_TK.numel() / num_experts)
             ids_TK, weights_TK, _ = apply_capacity(ids_TK, weights_TK, per_expert, by=self.plan.drop)
-            count_routes(self.kept_E, ids_TK)
+            accumulate(self.kept_E, load(ids_TK, num_experts))
         return ids_TK, weights_TK
 
     def _local(self, name: str) -> Tensor:

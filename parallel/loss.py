@@ -12,6 +12,7 @@ Legend: B sequences, S positions, T tokens here, E experts.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -69,6 +70,8 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
         extra["num_items_in_batch"] = global_tokens(labels, shifted="shift_labels" in batch)
     share = 1.0 if extra else 1.0 / microbatches
     record.aux_share = 1.0 / microbatches if extra else 1.0
+    for layer in record.layers:
+        layer.aux_share = 1.0 / microbatches
     total: Tensor | None = None
     try:
         for index, part in enumerate(parts):
@@ -82,6 +85,8 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
             total = loss.detach() if total is None else total + loss.detach()
     finally:
         record.aux_share = 1.0
+        for layer in record.layers:
+            layer.aux_share = 1.0
     assert total is not None
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -123,6 +128,9 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
     )
     if record.mesh.data_size == 1:
         return
+    if record.plan.aux == "global":
+        for layer in record.layers:
+            layer.reduce = functools.partial(_sum_over_data, group=record.mesh.data_group)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not record.takes_num_items or kwargs.get("num_items_in_batch") is not None:
@@ -197,6 +205,12 @@ def _check_formula(formula: Tensor, aux_local: Tensor) -> None:
         )
 
 
+def _sum_over_data(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
 class _SumOverData(torch.autograd.Function):
     """Sum over data ranks. Every rank's loss holds the same global term, so its gradient is the same on every rank, and
     the sum over them that an all-reduce would need is a multiplication."""
@@ -204,9 +218,7 @@ class _SumOverData(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, record: Record) -> Tensor:
         ctx.data_size = record.mesh.data_size
-        total = x.clone()
-        dist.all_reduce(total, group=record.mesh.data_group)
-        return total
+        return _sum_over_data(x, record.mesh.data_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

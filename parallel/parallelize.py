@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks
 from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
@@ -60,7 +61,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         model.to(mesh.device)
 
     calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
-    record = Record(mesh, plan, blocks, calls, top_k_of(model), _aux_coef(model))
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    record = Record(mesh, plan, blocks, calls, layers, top_k_of(model), _aux_coef(model))
     # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
     core = base_model(model)
     if plan.recompute:

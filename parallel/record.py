@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moeweave.moe.balance import bias_update
+from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.expert import ExpertCall
 from moeweave.parallel.mesh import Mesh
@@ -21,6 +22,7 @@ class Record:
     """Attributes:
     mesh, plan, blocks: as wrapped.
     calls: the `ExpertCall` of each block, in the same order.
+    layers: the model's own `MoELayer`s, whose balance losses are in the graph and not in the model's loss.
     top_k, aux_coef: of the model's own load-balancing loss.
     takes_num_items: the model divides its loss by `num_items_in_batch` if it is given.
     aux_share: weight of the aux loss in the call under way (1 / micro-batches).
@@ -31,6 +33,7 @@ class Record:
     plan: Plan
     blocks: list[MoEBlock]
     calls: list[ExpertCall]
+    layers: list[MoELayer]
     top_k: int = 1
     aux_coef: float = 0.0
     takes_num_items: bool = False
