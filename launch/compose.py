@@ -6,6 +6,7 @@ than its decorator because every rank under torchrun would otherwise make an out
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -79,7 +80,8 @@ def _parse(text: str) -> tuple[Override, str]:
 
 
 def _quote(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    """In single quotes, as Hydra's grammar has it: a backslash is special only before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return f"'{escaped}'"
 
 

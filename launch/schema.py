@@ -106,6 +106,7 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    router_bias_rate: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least(
@@ -114,6 +115,7 @@ class OptimConfig:
             optim__warmup_steps=self.warmup_steps,
             optim__weight_decay=self.weight_decay,
             optim__clip_norm=self.clip_norm,
+            optim__router_bias_rate=self.router_bias_rate,
         )
         for name in ("beta1", "beta2", "min_lr_ratio"):
             value = getattr(self, name)

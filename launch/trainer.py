@@ -162,6 +162,8 @@ def _step(training: Training) -> dict[str, Any]:
         )
     training.optimizer.step()
     training.optimizer.zero_grad()
+    if config.optim.router_bias_rate:
+        mw.update_router_bias(training.model, config.optim.router_bias_rate)
 
     load = _global_load(training)
     training.steps_done, training.position = step, training.position + config.batch_size

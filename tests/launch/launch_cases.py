@@ -1,0 +1,22 @@
+"""Programs with a fault put in, for the tests that they notice."""
+
+from moeweave.launch import train, verify
+from moeweave.parallel import verify as proof
+
+
+def main(argv):
+    program, fault, *rest = argv
+    globals()[fault]()
+    return {"train": train.main, "verify": verify.main}[program](rest)
+
+
+def scale_one_gradient():
+    """One gradient of the wrapped model comes out a thousandth too large."""
+    honest = proof.forward_backward
+
+    def dishonest(model, batch):
+        loss = honest(model, batch)
+        dict(model.named_parameters())["model.layers.1.self_attn.q_proj.weight"].grad.mul_(1.001)
+        return loss
+
+    proof.forward_backward = dishonest
