@@ -57,7 +57,7 @@ def phrase_of(path: Path) -> str:
     first = re.split(r"\.(?:\s|$)", said.partition("\n\n")[0].replace("\n", " "))[0]
     while len(first) > LONGEST and (shorter := re.sub(r"[:;,(][^:;,(]*$", "", first)) != first:
         first = shorter.strip()
-    return first[:1].lower() + first[1:] if re.match(r"[A-Z][a-z]*[ ,:]", first) else first
+    return first[:1].lower() + first[1:] if re.match(r"[A-Z][a-z]*[,:]? [^A-Z]", first) else first
 
 
 def render() -> str:
