@@ -1,7 +1,7 @@
 """What the person at the terminal sees while steps run: a bar on a terminal, a line now and then elsewhere.
 
-Balance is the load of the busiest expert over the mean of all, the worst layer's: 1.0 is perfect, E means that one
-expert of E gets everything.
+Balance is the load of a layer's busiest expert over the mean of its experts, averaged over layers: 1.0 is perfect, and
+with K of E experts to a token E/K the worst.
 """
 
 from __future__ import annotations

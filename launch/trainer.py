@@ -194,9 +194,9 @@ def _global_load(training: Training) -> dict[str, list[int]]:
 
 
 def _balance(load: dict[str, list[int]]) -> float | None:
-    """Largest over mean load, of the worst layer."""
+    """Largest over mean load of a layer's experts, averaged over layers."""
     ratios = [max(counts) * len(counts) / sum(counts) for counts in load.values() if sum(counts)]
-    return round(max(ratios), 4) if ratios else None
+    return round(sum(ratios) / len(ratios), 4) if ratios else None
 
 
 # ---- checkpoints

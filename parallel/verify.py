@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
+from moeweave.parallel.grad_norm import clip_grad_norm_
 from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
@@ -29,8 +30,8 @@ class ParityReport:
     """Attributes:
     loss, reference_loss, loss_error: of the wrapped model over ranks, of the unwrapped one, relative difference.
     errors: relative error (||difference|| / ||reference||) of every parameter's gradient, by name.
-    norm, reference_norm: global gradient norms.
-    tolerance: what `worst` and `loss_error` must not exceed.
+    norm, reference_norm, norm_error: global gradient norm by `clip_grad_norm_`, of the reference, relative difference.
+    tolerance: what `worst`, `loss_error` and `norm_error` must not exceed.
     """
 
     loss: float
@@ -39,6 +40,7 @@ class ParityReport:
     errors: dict[str, float]
     norm: float
     reference_norm: float
+    norm_error: float
     tolerance: float
 
     @property
@@ -51,7 +53,7 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
-        return max(self.worst, self.loss_error) <= self.tolerance and bool(self.errors)
+        return bool(self.errors) and max(self.worst, self.loss_error, self.norm_error) <= self.tolerance
 
 
 def gradient_parity(
@@ -89,35 +91,36 @@ def gradient_parity(
     whole = concatenate([make_batch(rank) for rank in range(mesh.data_size)], mesh.device)
     reference_loss = loss_of(reference(**whole))
     reference_loss.backward()
+    reference_loss = reference_loss.detach()
     loss = forward_backward(wrapped, concatenate([make_batch(mesh.data_rank)], mesh.device))
 
     dtype = plan.torch_dtype or next(p.dtype for p in reference.parameters() if p.is_floating_point())
     wanted = {name: param.grad for name, param in reference.named_parameters()}
-    squares: dict[str, list[float]] = {}
+    local: dict[str, float] = {}
     for name, param in wrapped.named_parameters():
         want = wanted[name]
         if param.grad is None and want is None:
             continue
         got = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
-        squares[name] = [_error(got, want)]
-    errors = _agree(squares)
+        local[name] = _error(got, want)
+    errors = _agree(local)
     missing = {name for name, grad in wanted.items() if grad is not None} - set(errors)
     errors.update(dict.fromkeys(missing, float("inf")))
+    grads = [grad.float() for grad in wanted.values() if grad is not None]
     return ParityReport(
-        float(loss),
-        float(reference_loss),
-        abs(float(loss) - float(reference_loss)) / max(abs(float(reference_loss)), 1e-30),
-        errors,
-        float(_norm(wrapped)),
-        float(torch.nn.utils.get_total_norm([g for g in wanted.values() if g is not None])),
-        TOLERANCE[dtype],
+        loss=float(loss),
+        reference_loss=float(reference_loss.detach()),
+        loss_error=_difference(loss, reference_loss.detach()),
+        errors=errors,
+        norm=float(norm := clip_grad_norm_(wrapped, float("inf"))),
+        reference_norm=float(reference_norm := torch.nn.utils.get_total_norm(grads)),
+        norm_error=_difference(norm, reference_norm),
+        tolerance=TOLERANCE[dtype],
     )
 
 
-def _norm(wrapped: nn.Module) -> Tensor:
-    from moeweave.parallel.grad_norm import clip_grad_norm_
-
-    return clip_grad_norm_(wrapped, float("inf"))
+def _difference(got: Tensor, want: Tensor) -> float:
+    return abs(float(got) - float(want)) / max(abs(float(want)), 1e-30)
 
 
 def _error(got: Tensor | None, want: Tensor | None) -> float:
@@ -129,12 +132,12 @@ def _error(got: Tensor | None, want: Tensor | None) -> float:
     return relative_error(got, want)
 
 
-def _agree(errors: dict[str, list[float]]) -> dict[str, float]:
+def _agree(errors: dict[str, float]) -> dict[str, float]:
     """Largest error of each parameter over ranks; ranks may hold different ones (experts in a ModuleList)."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, errors)
     names = sorted({name for each in gathered for name in each})
-    return {name: max(value for each in gathered for value in each.get(name, [])) for name in names}
+    return {name: max(each[name] for each in gathered if name in each) for name in names}
 
 
 def concatenate(batches: list[Batch], device: torch.device) -> Batch:
