@@ -180,11 +180,15 @@ def _default_device() -> str:
 
 
 def _start(kind: str) -> None:
-    if dist.is_torchelastic_launched():
-        if kind != "cpu":
-            torch.accelerator.set_device_index(dist.get_node_local_rank(fallback_rank=0))
+    """Join the ranks that a launcher described in the environment, or be the only rank."""
+    if kind != "cpu":
+        torch.accelerator.set_device_index(dist.get_node_local_rank(fallback_rank=0))
+    try:
         dist.init_process_group(_BACKENDS[kind])
-    else:
+    except ValueError as error:
+        # torch says so when no launcher left a rank; a description that is there but not whole is the user's to mend.
+        if "RANK expected" not in str(error):
+            raise
         dist.init_process_group(_BACKENDS[kind], store=dist.HashStore(), rank=0, world_size=1)
 
 
