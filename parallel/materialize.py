@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeweave.parallel.agreement import CheckpointError
+from moeweave.parallel.names import model_class
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -41,8 +42,8 @@ def materialize(model: nn.Module, device: torch.device | str, computed: Mapping[
     missing = [name for name in computed_on_meta(model) if name not in computed]
     if missing:
         raise CheckpointError(
-            f"{type(model).__name__} was built on meta, and {len(missing)} of its buffers are neither in checkpoints "
-            f"(persistent=False) nor known how to compute: {', '.join(missing[:5])}. "
+            f"{model_class(model).__name__} was built on meta, and {len(missing)} of its buffers are neither in "
+            f"checkpoints (persistent=False) nor known how to compute: {', '.join(missing[:5])}. "
             "Create these buffers on a real device (device='cpu') when building the model, or register them persistent."
         )
     wanted = computed_on_meta(model)

@@ -32,6 +32,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def model_class(model: nn.Module) -> type[nn.Module]:
+    """The class that the model was built from: FSDP puts one of its own before it."""
+    kinds = type(unwrap(model)).__mro__
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed"))
+
+
 def named_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by bare name, sharing the model's memory. Names may differ between ranks: with
     experts in a ModuleList each rank has those of its own experts.
@@ -42,7 +48,7 @@ def named_state(model: nn.Module) -> dict[str, Tensor]:
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise CheckpointError(
-            f"{type(model).__name__} keeps state that is no tensor: {', '.join(other[:5])}. "
+            f"{model_class(model).__name__} keeps state that is no tensor: {', '.join(other[:5])}. "
             "Keep it in tensors (buffers), or pass it in extra= and restore it yourself."
         )
     return state

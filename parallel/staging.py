@@ -25,7 +25,7 @@ def stage(path: Path) -> Path:
 
     Raises CheckpointError on all ranks when it cannot be made, or is not on a file system that all ranks share.
     """
-    staged = Path(everyones(str(path.parent / f".{path.name}{_MARK}{socket.gethostname()}.{os.getpid()}"))[0])
+    staged = Path(everyones(str(_hidden(path)))[0])
     with together():
         if rank() == 0:
             if path.exists() and not path.is_dir():
@@ -60,7 +60,21 @@ def publish(staged: Path, path: Path) -> None:
 
 def settle(path: Path) -> None:
     """Remove what `path` has replaced, once `path` is complete."""
-    shutil.rmtree(path.with_name(path.name + REPLACED), ignore_errors=True)
+    aside = path.with_name(path.name + REPLACED)
+    if aside.exists():
+        remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder; interrupted, it leaves nothing under the folder's name."""
+    hidden = _hidden(path)
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_MARK}{socket.gethostname()}.{os.getpid()}")
 
 
 def remove_stale(parent: Path) -> None:

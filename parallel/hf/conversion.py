@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moeweave.parallel.agreement import CheckpointError
 from moeweave.parallel.hf.lazy import LazyTensor
+from moeweave.parallel.names import model_class
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -27,11 +28,6 @@ def is_hugging_face(model: nn.Module) -> bool:
     return hasattr(model, "config") and any(
         base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__
     )
-
-
-def model_class(model: nn.Module) -> Any:
-    """The class the model was built from: FSDP puts one of its own before it."""
-    return next(base for base in type(model).__mro__ if not base.__module__.startswith("torch."))
 
 
 def build_empty(kind: Any, config: Any, dtype: torch.dtype, **kwargs: Any) -> Any:

@@ -20,7 +20,6 @@ from moeweave.parallel.hf.conversion import (
     build_empty,
     ignored_on_save,
     is_hugging_face,
-    model_class,
     plan_writing,
 )
 from moeweave.parallel.hf.files import INDEX, WeightsFolder
@@ -28,7 +27,7 @@ from moeweave.parallel.hf.lazy import LazyTensor
 from moeweave.parallel.hf.reader import load_weights
 from moeweave.parallel.hf.writer import describe, plan_layout, write_index, write_share
 from moeweave.parallel.mesh import Mesh
-from moeweave.parallel.names import named_params, named_state, tied_groups, unwrap
+from moeweave.parallel.names import model_class, named_params, named_state, tied_groups, unwrap
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.staging import publish, settle, stage

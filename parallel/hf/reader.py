@@ -23,7 +23,7 @@ from moeweave.parallel.hf.conversion import (
 )
 from moeweave.parallel.hf.files import WeightsFolder
 from moeweave.parallel.materialize import materialize, on_meta
-from moeweave.parallel.names import listed, named_state, tied_groups, unwrap
+from moeweave.parallel.names import listed, model_class, named_state, tied_groups, unwrap
 
 logger = logging.getLogger("moeweave")
 
@@ -69,8 +69,8 @@ def _check_fit(model: nn.Module, folder: WeightsFolder, reading: Reading, may_mi
     missing = [name for name in state if name not in reading.values and name not in there and not may_miss(name)]
     if missing:
         raise CheckpointError(
-            f"{folder.path} does not fit {type(model).__name__}: it lacks {len(missing)} of the model's {len(state)} "
-            f"tensors: {listed(missing, [*reading.values, *reading.unexpected])}. "
+            f"{folder.path} does not fit {model_class(model).__name__}: it lacks {len(missing)} of the model's "
+            f"{len(state)} tensors: {listed(missing, [*reading.values, *reading.unexpected])}. "
             "Build the model from this folder's own config.json, or name the folder of this model."
         )
     for name, tensor in state.items():
@@ -82,7 +82,8 @@ def _check_fit(model: nn.Module, folder: WeightsFolder, reading: Reading, may_mi
                 where += f" and {len(keys) - 1} more keys up to {keys[-1]!r} make"
             raise CheckpointError(
                 f"{where} {name} of shape {tuple(value.shape)}, expected {tuple(tensor.shape)}."
-                f"{oddity(keys, folder.sources)} The folder is of another {type(model).__name__}, or damaged: build the model from its config.json."
+                f"{oddity(keys, folder.sources)} The folder is of another {model_class(model).__name__}, or damaged: "
+                "build the model from its config.json."
             )
 
 

@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from hf_zoo import CORE, ZOO
 from moeweave.parallel.agreement import CheckpointError
 from moeweave.parallel.hf.boxes import box_slices, local_pieces
 from moeweave.parallel.hf.io import from_pretrained, save_pretrained
-
-from hf_zoo import CORE, ZOO
 from run_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks(2)
