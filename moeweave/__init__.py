@@ -3,12 +3,16 @@
 Mesh          which ranks do what: dp, tp, pp, sp, ep
 Plan          policy: data engine, dispatcher, balance loss, compute dtype, recomputation
 parallelize   spread a Hugging Face or plain model over a mesh, in place
+save, load    training checkpoints that another mesh can read; from_pretrained, save_pretrained: Hugging Face folders
 """
 
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEAdapter, UnsupportedModel, register_moe
+from moeweave.parallel.agreement import CheckpointError
+from moeweave.parallel.checkpoint import LoadedState, latest, load, save
 from moeweave.parallel.data import no_sync
 from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
+from moeweave.parallel.hf.io import from_pretrained, save_pretrained
 from moeweave.parallel.loss import forward_backward, global_tokens
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
@@ -18,6 +22,8 @@ from moeweave.parallel.record import expert_load, update_router_bias
 from moeweave.parallel.verify import ParityReport, gradient_parity
 
 __all__ = [
+    "CheckpointError",
+    "LoadedState",
     "Mesh",
     "MoEAdapter",
     "MoELayer",
@@ -27,12 +33,17 @@ __all__ = [
     "clip_grad_norm_",
     "expert_load",
     "forward_backward",
+    "from_pretrained",
     "global_tokens",
     "gradient_parity",
+    "latest",
+    "load",
     "no_sync",
     "parallelize",
     "param_groups",
     "register_moe",
     "replay_routing",
+    "save",
+    "save_pretrained",
     "update_router_bias",
 ]
