@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-
 # torch 2.13 renamed the two; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -45,7 +44,7 @@ class Communicator:
     def all_to_all(
         self, rows: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], async_op: bool = False
     ) -> tuple[Tensor, dist.Work | None]:
-        """Rows [N, ...] sorted by destination -> rows [sum(recv_splits), ...] sorted by source, and the work to wait for."""
+        """Rows [N, ...] by destination -> rows [sum(recv_splits), ...] by source, and the work to wait for."""
         if self.size == 1:
             return rows, None
         received = rows.new_empty((sum(recv_splits), *rows.shape[1:]))

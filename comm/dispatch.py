@@ -24,7 +24,7 @@ class Dispatched:
     Attributes:
         rows_RD: rows by expert, then source rank, then route. Rows past `offsets_e[-1]` are undefined.
         scales_R: scales of quantised rows, None for rows in the model's own dtype.
-        weights_R: routing weights of the rows, detached, where the expert's rank reduces; None where the token's rank does.
+        weights_R: routing weights of the rows, detached, where the expert's rank reduces; None where the token's does.
         offsets_e: int32 on the device, exclusive ends of this rank's experts in `rows_RD`.
         handle: the layout; pass it to another `dispatch` of tokens with the same ids to skip the exchange of counts.
     """
@@ -50,7 +50,10 @@ class TokenDispatcher(Protocol):
         """
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
-        """y_TD[t] = sum_k weights[t, k] * row(t, k), in the rows' dtype, zeros for tokens without a route."""
+        """y_TD[t] = sum_k weights[t, k] * row(t, k), in the rows' dtype, zeros for tokens without a route.
+
+        `weights_TK` are those that `dispatched` was made with: where the expert's rank reduces, it uses its copies.
+        """
 
     def dispatch_async(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None

@@ -82,9 +82,7 @@ def _finish(counts_E: Tensor, recv_counts_We: Tensor) -> tuple[Tensor, Tensor, T
 
 
 @torch.library.custom_op("moeweave::exchange_layout", mutates_args=())
-def exchange_layout(
-    ids_TK: Tensor, num_experts: int, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def exchange_layout(ids_TK: Tensor, num_experts: int, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Layout by an exchange of counts.
 
     Args:
@@ -145,9 +143,7 @@ def gather_layout(
 
 
 @gather_layout.register_fake
-def _(
-    ids_TK: Tensor, num_experts: int, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(ids_TK: Tensor, num_experts: int, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     size = Communicator.named(group).size
     num_rows = torch.library.get_ctx().new_dynamic_size()
     return (

@@ -41,7 +41,9 @@ class Pending(Generic[T]):
     def __enter__(self) -> Pending[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # After an error inside the block the peers may never answer: waiting would hide it behind a hang.
         if kind is None:
             self.wait()

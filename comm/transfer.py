@@ -27,12 +27,14 @@ op = torch.library.custom_op
 
 def sum_routes(routes_TKD: Tensor, weights_TK: Tensor | None) -> Tensor:
     """sum_k weights[t, k] * routes[t, k] -> [T, D], fp32 accumulation in increasing k; `None` weights are ones."""
-    total = torch.zeros(routes_TKD.shape[0], routes_TKD.shape[2], dtype=_wide(routes_TKD.dtype), device=routes_TKD.device)
-    for k in range(routes_TKD.shape[1]):
+    wide = _wide(routes_TKD.dtype)
+    first = routes_TKD[:, 0].to(wide)
+    total = first.clone() if weights_TK is None else first * weights_TK[:, 0, None].to(wide)
+    for k in range(1, routes_TKD.shape[1]):
         if weights_TK is None:
             total.add_(routes_TKD[:, k])
         else:
-            total.addcmul_(routes_TKD[:, k].to(total.dtype), weights_TK[:, k, None].to(total.dtype))
+            total.addcmul_(routes_TKD[:, k].to(wide), weights_TK[:, k, None].to(wide))
     return total.to(routes_TKD.dtype)
 
 
@@ -137,7 +139,7 @@ def combine_routes(
     perm_R: Tensor,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    """Exact combine: rows_RD -> y_TD = sum_k weights[t, k] * row(t, k), and the returned routes [T, K, D] for backward."""
+    """Exact combine: rows_RD -> y_TD = sum_k weights[t, k] * row(t, k), and the returned routes [T, K, D]."""
     routes_TKD = return_routes(rows_RD, order_N, send_splits, recv_splits, perm_R, *weights_TK.shape, group)
     return sum_routes(routes_TKD, weights_TK), routes_TKD
 

@@ -51,10 +51,8 @@ class AllGatherDispatcher:
         layout = dispatched.handle
         if not self.prereduced:
             return combine_routes(rows_RD, weights_TK, *layout.moves, layout.group)[0]
-        # Weights may differ from those dispatched with (a reused handle), so the rows' copies are taken from these.
         weights_R = dispatched.weights_R
-        if weights_R is None:
-            weights_R = self._weights_of_rows(weights_TK.detach(), layout)
+        assert weights_R is not None, "dispatched by another dispatcher"
         return combine_prereduced(rows_RD, weights_TK, weights_R, *_gathered(layout), *layout.moves, layout.group)
 
     def dispatch_async(

@@ -31,7 +31,7 @@ from moeweave.comm.transfer import (
 
 
 class AllToAllDispatcher:
-    """TokenDispatcher over `torch.distributed.all_to_all_single`; combine is exact (a row a route, summed by the token).
+    """TokenDispatcher over `torch.distributed.all_to_all_single`; combine is exact (a row a route, summed at home).
 
     Args:
         group: ranks that share the experts, None for this rank alone.

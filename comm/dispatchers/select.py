@@ -34,15 +34,16 @@ def choose(ep_size: int, top_k: int, combine: str | None) -> tuple[str, str]:
     """-> dispatcher name and the reason. Depends only on arguments that are equal on every rank.
 
     Bytes decide: an all-gather sends each token to ep_size - 1 ranks, an all-to-all a row for each remote route,
-    top_k * (ep_size - 1) / ep_size of them on average.
+    top_k * (ep_size - 1) / ep_size of them on average. Where both send as much, the all-to-all has one collective less
+    (T 1024, D 256, ep 2 on two CPU cores: 29 against 31 ms a layer, forward and backward).
     """
     if combine == "prereduced":
         return "allgather", "combine='prereduced' is what it offers"
     if ep_size == 1:
         return "alltoall", "one rank: a local permute"
-    if top_k >= ep_size:
-        return "allgather", f"top_k {top_k} >= ep {ep_size}: most tokens need most ranks"
-    return "alltoall", f"top_k {top_k} < ep {ep_size}: routed rows are fewer than gathered ones"
+    if top_k > ep_size:
+        return "allgather", f"top_k {top_k} > ep {ep_size}: gathered rows are fewer than routed ones"
+    return "alltoall", f"top_k {top_k} <= ep {ep_size}: routed rows are no more than gathered ones"
 
 
 def make_dispatcher(
