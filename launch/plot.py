@@ -43,15 +43,17 @@ def _draw_loss(axis: Any, lines: list[dict[str, Any]]) -> None:
 
 def _draw_load(figure: Any, axis: Any, loads: list[dict[str, list[int]]]) -> None:
     """A row per layer, a column per expert; 1.0 is the mean load. Layers with fewer experts leave cells blank."""
+    from matplotlib.colors import TwoSlopeNorm
+
     recent = loads[-max(1, len(loads) // 4) :]
     layers = list(recent[-1])
     num_experts = max(len(load) for load in recent[-1].values())
     share = np.full((len(layers), num_experts), np.nan)
     for row, layer in enumerate(layers):
-        total = np.sum([load[layer] for load in recent], axis=0, dtype=np.float64)
+        total = np.array([load[layer] for load in recent], dtype=np.float64).sum(axis=0)
         share[row, : len(total)] = total / max(total.mean(), 1e-9)
     top = max(2.0, float(np.nanmax(share)))
-    image = axis.imshow(share, cmap="RdBu_r", vmin=2.0 - top, vmax=top, aspect="auto")
+    image = axis.imshow(share, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, top), aspect="auto")
     axis.set(xlabel="expert", ylabel="layer", title="load per expert, last quarter of the run (1.0 = mean)")
     axis.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
     if num_experts <= MAX_LABELLED:
@@ -59,7 +61,7 @@ def _draw_load(figure: Any, axis: Any, loads: list[dict[str, list[int]]]) -> Non
         if len(layers) <= MAX_LABELLED:
             for (row, expert), value in np.ndenumerate(share):
                 if not np.isnan(value):
-                    far = abs(value - 1.0) > 0.6 * (top - 1.0)
+                    far = value > 1.0 + 0.6 * (top - 1.0) or value < 0.35
                     axis.text(expert, row, f"{value:.2f}", ha="center", va="center", color="white" if far else "black")
     figure.colorbar(image, ax=axis, fraction=0.04)
 

@@ -49,6 +49,7 @@ def _body(arguments: cli.Arguments) -> int:
     if ranks is not None:
         config.mesh.sizes().check_world(ranks.world)
         outcome = record(train)(config, config.run.dir and str(folder.path), command)
+        assert outcome is not None, "record returns what train returns, or raises"
     else:
         num_ranks = config.mesh.sizes().world
         outcome = elastic.start_ranks(

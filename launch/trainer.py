@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,16 +116,22 @@ def _checkpoint_to_resume(config: TrainConfig, folder: runlog.RunFolder) -> str 
     """The checkpoint to go on from, or None to begin."""
     if config.resume == "never":
         return None
-    if config.resume != "auto":
+    named = Path(config.resume)
+    if config.resume != "auto" and not runlog.RunFolder(named).checkpoints.is_dir():
         return config.resume
-    newest = mw.latest(folder.checkpoints)
+    newest = mw.latest(folder.checkpoints if config.resume == "auto" else runlog.RunFolder(named).checkpoints)
     return None if newest is None else str(newest)
 
 
 def _resume(training: Training, checkpoint: str) -> None:
     loaded = mw.load(checkpoint, training.model, training.optimizer)
-    training.steps_done = loaded["step"]
-    training.position = training.sampler.resume(loaded["extra"]["sampler"])
+    if not isinstance(loaded.extra, dict) or "sampler" not in loaded.extra:
+        raise ValueError(
+            f"resume={checkpoint}: holds no position in the data, so moeweave-train did not write it. Name one that it "
+            "wrote, or begin from a folder's weights with model=<folder> model.weights=true."
+        )
+    training.steps_done = loaded.step
+    training.position = training.sampler.resume(loaded.extra["sampler"])
 
 
 # ---- steps
@@ -169,7 +174,7 @@ def _step(training: Training) -> dict[str, Any]:
     training.steps_done, training.position = step, training.position + config.batch_size
     seconds = time.perf_counter() - started
     num_tokens = config.batch_size * config.data.seq_length
-    line = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=_balance(load))
+    line: dict[str, Any] = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=_balance(load))
     line |= dict(tokens=step * num_tokens, seconds=round(seconds, 4), tokens_per_second=round(num_tokens / seconds, 1))
     if load and (step % config.log.load_every == 0 or step == 1):
         line["load"] = load
@@ -213,10 +218,8 @@ def _save(training: Training, metrics: runlog.Metrics | None) -> None:
         training.optimizer,
         step=training.steps_done,
         extra={"sampler": training.sampler.state(training.position)},
+        keep_last=training.config.checkpoint.keep,
     )
-    if training.mesh.rank == 0:
-        for old in sorted(folder.glob("step-????????"))[: -training.config.checkpoint.keep]:
-            shutil.rmtree(old)
 
 
 # ---- proof
@@ -301,7 +304,7 @@ def _from_rank_0(decide: Any) -> Any:
     if dist.get_rank() == 0:
         try:
             answer = [decide(), None]
-        except (ValueError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             answer = [None, error]
     dist.broadcast_object_list(answer)
     if answer[1] is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import moeweave as mw
 from moeweave.launch import cli, compose, elastic, env, prepare
+from moeweave.launch.report import shown
 from moeweave.launch.schema import BatchConfig, ConfigError, VerifyConfig
 from moeweave.parallel.verify import ParityReport, gradient_parity
 
@@ -23,7 +24,7 @@ PROGRAM = cli.Program(
     name="moeweave-verify",
     config="verify",
     summary=(
-        "Runs one step of a wrapped model over ranks, with different and unequally padded data on each, and compares the\n"
+        "Runs one step of a wrapped model over ranks, with other and unequally padded data on each, and compares its\n"
         "loss and every gradient with the unwrapped model on the whole batch in one process."
     ),
     examples=(
@@ -107,7 +108,10 @@ def make_batch(config: BatchConfig, num_ids: int, seed: int, data_rank: int) -> 
 
 def _print(report: ParityReport, config: VerifyConfig, model: str) -> None:
     console = Console()
-    console.print(f"{model}\nmesh {config.mesh.sizes()}, plan {mw.Plan.from_dict(config.plan)}", highlight=False)
+    plan = mw.Plan.from_dict(config.plan)
+    chosen = {name: value for name, value in dataclasses.asdict(plan).items() if value != getattr(mw.Plan(), name)}
+    words = ", ".join(f"{name}={value}" for name, value in chosen.items()) or "the default"
+    console.print(f"{model}; mesh {shown(config.mesh.sizes())}; plan {words}", highlight=False)
     table = Table("", "over ranks", "one process", "relative error")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -89,7 +89,7 @@ def build_model(
     model_class = _model_class(config)
     extra = {} if attention is None else {"attn_implementation": attention}
     with torch.device(device if device is not None else "cpu"):
-        model = model_class.from_config(config, dtype=dtype, **extra)
+        model: nn.Module = model_class.from_config(config, dtype=dtype, **extra)
     return model.train()
 
 
@@ -212,7 +212,7 @@ def _read_by_model(config_class: Any, name: str) -> bool:
 
 def _sub_configs(config_class: Any) -> Iterator[tuple[str, Any]]:
     for name, sub_class in (getattr(config_class, "sub_configs", None) or {}).items():
-        if inspect.isclass(sub_class) and getattr(sub_class, "model_type", ""):
+        if inspect.isclass(sub_class) and hasattr(sub_class, "model_type"):
             yield name, sub_class
 
 

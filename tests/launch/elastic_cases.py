@@ -71,7 +71,12 @@ def main(argv):
     case, restarts = argv[0], int(argv[1]) if len(argv) > 1 else 0
     try:
         value = start_ranks(
-            globals()[case], os.getcwd(), num_ranks=2, log_dir=Path("logs"), max_restarts=restarts, on_cpu="spawn" not in argv
+            globals()[case],
+            os.getcwd(),
+            num_ranks=2,
+            log_dir=Path("logs"),
+            max_restarts=restarts,
+            on_cpu="spawn" not in argv,
         )
     except RankFailed as error:
         print(error)

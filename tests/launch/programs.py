@@ -66,9 +66,11 @@ class Run:
 
 
 def start(program: str, *arguments: str, cwd: Path, **environment: str) -> Run:
-    """Starts `moeweave.launch.<program>`, or `main` of that module of this folder, with `arguments` in the folder `cwd`."""
+    """Starts `moeweave.launch.<program>`, or `main` of that module of this folder, in the folder `cwd`."""
     out, err = (Path(tempfile.mkstemp(suffix=suffix, dir=cwd)[1]) for suffix in (".out", ".err"))
-    request = dict(program=program, arguments=arguments, cwd=str(cwd), environment=environment, out=str(out), err=str(err))
+    request = dict(
+        program=program, arguments=arguments, cwd=str(cwd), environment=environment, out=str(out), err=str(err)
+    )
     return Run(_nursery().start(request), out, err)
 
 
@@ -83,7 +85,13 @@ def fresh(command: list[str], cwd: Path, timeout: float = 120, **environment: st
     variables = {name: value for name, value in os.environ.items() if name not in CLEAN}
     variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen(
-        command, cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        cwd=cwd,
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=timeout)
@@ -129,9 +137,13 @@ class _Nursery:
             self._process.wait(10)
 
     def _ask(self, question: dict[str, object]):
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, "the nursery has died; its traceback is on stderr"
+        return json.loads(answer)
 
 
 _running: list[_Nursery] = []
@@ -162,16 +174,13 @@ def _in_group(pid: int, leader: int) -> bool:
 
 
 def _serve() -> None:
-    import torch.distributed.checkpoint
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+    import torch.distributed.checkpoint  # noqa: F401
     import transformers.models.mixtral.modeling_mixtral
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
     from moeweave.launch import inspect, train, trainer, verify  # noqa: F401
-
-    import moeweave as mw
-    if not hasattr(mw, "save"):
-        mw.save = lambda *a, **k: None
-        mw.latest = lambda d: None  # TEMP
 
     programs = {"train": train.main, "verify": verify.main, "inspect": inspect.main}
     for line in sys.stdin:

@@ -1,6 +1,7 @@
 """Configs: every shipped one composes, and a wrong one is refused with the path, the rule and the remedy."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -44,7 +45,7 @@ def test_the_plan_group_has_exactly_the_fields_of_plan():
 def test_a_comment_stands_above_every_field(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in itertools.pairwise(lines):
         if re.match(r"^ *\w+: \S", line) and not line.lstrip().startswith("-"):
             assert above.lstrip().startswith("# "), f"{path.name}: {line.strip()} has no comment above it"
 
@@ -85,7 +86,10 @@ def test_every_worked_command_of_the_help_composes(tmp_path):
         ("~steps", "cannot be removed"),
         ("nonsense", "Write key=value"),
         ("plan.dispatcher={a:1", "cannot read the argument"),
-        ("batch_size=3", "batch_size=3: must be a multiple of data ranks x microbatches = 2 x 1 = 2. Set batch_size=4."),
+        (
+            "batch_size=3",
+            "batch_size=3: must be a multiple of data ranks x microbatches = 2 x 1 = 2. Set batch_size=4.",
+        ),
     ],
 )
 def test_a_wrong_argument_is_refused_with_rule_and_remedy(override, message):

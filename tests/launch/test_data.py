@@ -79,7 +79,7 @@ def test_a_missing_file_names_what_the_folder_holds(tmp_path):
 def test_too_few_tokens_or_too_small_a_vocabulary_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     tokens = tokens_of(tmp_path / "a.txt")
-    with pytest.raises(ConfigError, match="has 5 tokens, fewer than data.seq_length=8"):
+    with pytest.raises(ConfigError, match=r"has 5 tokens, fewer than data\.seq_length=8"):
         data.check(tokens, 256, 8)
     with pytest.raises(ConfigError, match=r"Set model.overrides.vocab_size=256"):
         data.check(tokens, 100, 4)

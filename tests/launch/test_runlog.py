@@ -75,7 +75,10 @@ def test_git_state_is_the_commit_and_whether_it_was_changed(tmp_path):
 
 
 def test_the_picture_is_drawn_with_and_without_loads(tmp_path):
-    some = [{"step": step, "loss": 3.0 / step, "load": {"layers.0.experts": [1, 3], "layers.1.experts": [4, 0]}} for step in (1, 2)]
+    some = [
+        {"step": step, "loss": 3.0 / step, "load": {"layers.0.experts": [1, 3], "layers.1.experts": [4, 0]}}
+        for step in (1, 2)
+    ]
     for name, records in (("a.png", some), ("b.png", [{"step": 1, "loss": 2.0}])):
         plot.draw(records, tmp_path / name, "title")
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -18,7 +18,7 @@ from programs import run
         ["model=olmoe", "mesh.dp=2", "mesh.dp_replicate=2", "plan.dispatcher=alltoall", "plan.recompute=true"],
         ["model=qwen2_moe", "plan.data=ddp"],
     ],
-    ids=lambda arguments: "-".join(arguments),
+    ids=str,
 )
 def test_models_meshes_and_plans_are_proven(tmp_path, arguments):
     done = run("verify", *arguments, "mesh.device=cpu", cwd=tmp_path)
@@ -39,7 +39,9 @@ def test_a_config_file_is_taken_at_its_own_sizes(tmp_path):
 
 
 def test_a_gradient_that_differs_is_found_and_named(tmp_path):
-    done = run("launch_cases", "verify", "scale_one_gradient", "model=qwen3_moe", "mesh.device=cpu", "show=1", cwd=tmp_path)
+    done = run(
+        "launch_cases", "verify", "scale_one_gradient", "model=qwen3_moe", "mesh.device=cpu", "show=1", cwd=tmp_path
+    )
     assert done.code == 1
     assert "NOT equal: largest relative error 1.00e-03, tolerance 1e-05" in done.out
     assert "model.layers.1.self_attn.q_proj" in done.out
