@@ -10,16 +10,17 @@ Legend: N rows here, W ranks of the group.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 # torch 2.13 renamed the two; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_group_called: Callable[[str], dist.ProcessGroup] = distributed_c10d._resolve_process_group  # type: ignore[assignment]
 
 
 class Communicator:
@@ -39,7 +40,7 @@ class Communicator:
     @staticmethod
     def named(name: str) -> Communicator:
         """The communicator of the group called `name`; "" is this rank alone."""
-        return _ALONE if name == "" else _resolve(name, id(_resolve_process_group(name)))
+        return _ALONE if name == "" else _resolve(name, id(_group_called(name)))
 
     def all_to_all(
         self, rows: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], async_op: bool = False
@@ -92,4 +93,4 @@ _ALONE = Communicator(None)
 @functools.lru_cache(maxsize=64)
 def _resolve(name: str, group_id: int) -> Communicator:
     # The id keeps a group that was destroyed and made anew under the same name from being answered by the old one.
-    return Communicator(_resolve_process_group(name))
+    return Communicator(_group_called(name))

@@ -38,8 +38,8 @@ class AllGatherDispatcher:
         order, sends, receives, perm, offsets, route_R, max_tokens = gather_layout(
             ids_TK, self.num_experts, self.comm.name
         )
-        shape = ids_TK.shape
-        return Layout(order, sends, receives, perm, offsets, *shape, self.comm.name, route_R, max_tokens)
+        num_tokens, top_k = ids_TK.shape
+        return Layout(order, sends, receives, perm, offsets, num_tokens, top_k, self.comm.name, route_R, max_tokens)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
         layout = handle or self.layout(ids_TK)

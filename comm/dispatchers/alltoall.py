@@ -44,7 +44,8 @@ class AllToAllDispatcher:
 
     def layout(self, ids_TK: Tensor) -> Layout:
         order, sends, receives, perm, offsets = exchange_layout(ids_TK, self.num_experts, self.comm.name)
-        return Layout(order, sends, receives, perm, offsets, *ids_TK.shape, self.comm.name)
+        num_tokens, top_k = ids_TK.shape
+        return Layout(order, sends, receives, perm, offsets, num_tokens, top_k, self.comm.name)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
         layout = handle or self.layout(ids_TK)
