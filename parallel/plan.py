@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "aux": ("global", "rank"),
     "dtype": (None, "float32", "bfloat16"),
     "drop": ("probability", "position"),
+    "recompute": (False, True),
 }
 
 
@@ -52,8 +53,10 @@ class Plan:
             if getattr(self, name) not in choices:
                 shown = ", ".join(repr(choice) for choice in choices)
                 raise ValueError(f"Plan.{name} ({getattr(self, name)!r}) must be one of {shown}.")
-        if self.capacity is not None and self.capacity <= 0:
+        if self.capacity is not None and not (isinstance(self.capacity, (int, float)) and self.capacity > 0):
             raise ValueError(f"Plan.capacity ({self.capacity!r}) must be positive, or None to drop no token.")
+        if self.data == "ddp" and self.dtype is not None:
+            raise ValueError(f"Plan.dtype ({self.dtype!r}) needs data='fsdp2': with 'ddp' convert the model, or leave it.")
         validate_choice(self.dispatcher, self.combine)
 
     @property

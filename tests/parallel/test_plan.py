@@ -1,0 +1,76 @@
+"""The one policy object: what it accepts, and what it says to what it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from moeweave.parallel.plan import Plan
+
+LEGAL = dict(
+    data=["fsdp2", "ddp"],
+    dispatcher=["auto", "alltoall", "allgather"],
+    combine=[None, "exact"],
+    aux=["global", "rank"],
+    capacity=[None, 0.5, 1.25, 2],
+    drop=["probability", "position"],
+    dtype=[None, "float32", "bfloat16"],
+    recompute=[False, True],
+)
+
+
+def test_every_legal_value_is_accepted_and_kept() -> None:
+    assert set(LEGAL) <= {field.name for field in dataclasses.fields(Plan)}
+    for field, values in LEGAL.items():
+        for value in values:
+            assert getattr(Plan.from_dict({field: value}), field) == value
+    assert Plan.from_dict({}) == Plan()
+    assert Plan.from_dict(dataclasses.asdict(Plan(aux="rank"))) == Plan(aux="rank")
+
+
+@pytest.mark.parametrize(
+    "key, near", [("dispatch", "dispatcher"), ("recompte", "recompute"), ("capacty", "capacity"), ("Dtype", "dtype")]
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, near: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"Plan has no field {key!r}. Did you mean {near!r}?")):
+        Plan.from_dict({key: 1})
+
+
+def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
+    with pytest.raises(ValueError, match=r"Plan has no field 'zzz'\. It has: data, dispatcher, combine"):
+        Plan.from_dict({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        (dict(data="fsdp"), "Plan.data ('fsdp') must be one of 'fsdp2', 'ddp'."),
+        (dict(aux="local"), "Plan.aux ('local') must be one of 'global', 'rank'."),
+        (dict(dtype="bf16"), "Plan.dtype ('bf16') must be one of None, 'float32', 'bfloat16'."),
+        (dict(dtype=torch.bfloat16), "Plan.dtype (torch.bfloat16) must be one of"),
+        (dict(drop="last"), "Plan.drop ('last') must be one of 'probability', 'position'."),
+        (dict(capacity=0), "Plan.capacity (0) must be positive"),
+        (dict(capacity=-1.5), "Plan.capacity (-1.5) must be positive"),
+        (dict(capacity="all"), "Plan.capacity ('all') must be positive"),
+        (dict(capacity=float("nan")), "Plan.capacity (nan) must be positive"),
+        (dict(recompute="yes"), "Plan.recompute ('yes') must be one of False, True."),
+        (dict(dispatcher="deepep"), "dispatcher ('deepep') must be one of alltoall, allgather, auto."),
+        (dict(dispatcher="alltoall", combine="prereduced"), "combine ('prereduced') must be one of exact"),
+        (dict(data="ddp", dtype="bfloat16"), "Plan.dtype ('bfloat16') needs data='fsdp2'"),
+        (dict(data=["ddp"]), "Plan.data (['ddp']) must be one of"),
+    ],
+)
+def test_a_value_outside_the_choices_is_refused(values: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        Plan.from_dict(values)
+
+
+def test_a_plan_is_a_value() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Plan().data = "ddp"  # type: ignore[misc]
+    assert hash(Plan()) == hash(Plan())
+    assert Plan().torch_dtype is None
+    assert Plan(dtype="bfloat16").torch_dtype is torch.bfloat16
