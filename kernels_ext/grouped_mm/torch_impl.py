@@ -36,10 +36,7 @@ def weight_grad(rows_RD: Tensor, grad_RF: Tensor, offsets_e: Tensor) -> Tensor:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """Return the tensor itself if its last two dims are laid out as torch wants them, else a contiguous copy."""
-    item = 16 // matrix.element_size()
-    for inner, outer in ((-1, -2), (-2, -1)):
-        steps = (*matrix.stride()[:-2], matrix.stride(outer))
-        if matrix.stride(inner) == 1 and steps[-1] >= matrix.shape[inner] and all(step % item == 0 for step in steps):
-            return matrix
+    """Return the tensor itself if it is contiguous as it is or transposed, as torch wants it, else a copy that is."""
+    if matrix.is_contiguous() or matrix.transpose(-2, -1).is_contiguous():
+        return matrix
     return matrix.contiguous()
