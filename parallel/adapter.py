@@ -1,6 +1,6 @@
 """Finds the mixture-of-experts blocks of a model by structure, not by a list of names.
 
-An experts module is anything called as `experts(hidden_TD, expert_ids_TK, weights_TK) -> out_TD`. Three kinds are known:
+An experts module is anything called as `experts(hidden_TD, expert_ids_TK, weights_TK) -> out_TD`. Three kinds exist:
 
     packed       transformers' contract: 3-D gate_up_proj / down_proj and the flags that say how they are laid out. Runs
                  on the fast path, one grouped GEMM a projection, with the module's own activation, biases and norm.
@@ -119,7 +119,12 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
 def _as_block(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> MoEBlock | None:
     adapter = next((_REGISTERED[cls] for cls in type(module).__mro__ if cls in _REGISTERED), None)
     if adapter is not None:
-        experts = module.get_submodule(adapter.experts)
+        experts = dict(module.named_modules()).get(adapter.experts)
+        if experts is None:
+            raise UnsupportedModel(
+                f"{path} ({type(module).__name__}) has no {adapter.experts}, which the adapter registered for "
+                f"{type(module).__name__} names as the list of experts."
+            )
         if not isinstance(experts, nn.ModuleList):
             raise UnsupportedModel(
                 f"{path}.{adapter.experts} ({type(experts).__name__}) must be a ModuleList: the adapter registered for "
@@ -149,16 +154,31 @@ def _follows_seam(module: nn.Module) -> bool:
 
 def _kind(path: str, module: nn.Module) -> tuple[str, int, tuple[str, ...]]:
     experts = _expert_list(module)
-    if experts is not None and not _stacked_params(module):
-        return "modulelist", len(experts), ()
     params = _stacked_params(module)
-    sizes = {name: param.shape[0] for name, param in module.named_parameters(recurse=False) if name in params}
+    if experts is not None and not params:
+        inside = {id(param) for param in experts.parameters()}
+        _refuse_others(path, module, [name for name, param in module.named_parameters() if id(param) not in inside])
+        return "modulelist", len(experts), ()
+    own = dict(module.named_parameters(recurse=False))
+    sizes = {name: param.shape[0] for name, param in own.items() if name in params or param.dim() == 3}
     if len(set(sizes.values())) != 1:
         raise UnsupportedModel(
             f"{path} ({type(module).__name__}): its expert parameters disagree on the number of experts: {sizes}."
         )
+    num_experts = next(iter(sizes.values()))
+    nested = [(name, param) for name, param in module.named_parameters() if name not in own]
+    _refuse_others(path, module, [name for name, p in nested if p.dim() == 3 and p.shape[0] == num_experts])
     packed = all(hasattr(module, flag) for flag in PACKED_FLAGS) and "down_proj" in params
-    return "packed" if packed else "stacked", next(iter(sizes.values())), params
+    return "packed" if packed else "stacked", num_experts, params
+
+
+def _refuse_others(path: str, module: nn.Module, names: list[str]) -> None:
+    """Parameters that the kind of experts has no place for: the wrapped model would compute something else."""
+    if names:
+        raise UnsupportedModel(
+            f"{path} ({type(module).__name__}) keeps {', '.join(names)} beside its experts' parameters, where sharding "
+            "the experts would leave it out. Register the block around it with moeweave.register_moe."
+        )
 
 
 def _stacked_params(module: nn.Module) -> tuple[str, ...]:
@@ -177,7 +197,7 @@ def _expert_list(module: nn.Module) -> nn.ModuleList | None:
 
 
 def _surroundings(path: str, modules: dict[str, nn.Module]) -> dict[str, Any]:
-    """Router, shared experts and correction bias beside the experts at `path`, from the nearest parent with a router."""
+    """Router, shared experts and correction bias beside the experts at `path`: of the nearest parent with a router."""
     parent_path = path
     while parent_path:
         parent_path = parent_path.rpartition(".")[0]

@@ -30,7 +30,7 @@ class Plan:
         dispatcher: "alltoall", "allgather", or "auto" (chosen from top-k and ep, logged once).
         combine: "exact", "prereduced", or None for the dispatcher's default.
         aux: whose tokens the load-balancing loss sees: "global" (all data ranks') or "rank" (each rank's own).
-        capacity: an expert takes at most ceil(capacity * tokens * top_k / experts) routes of each rank; None drops none.
+        capacity: an expert takes at most ceil(capacity * tokens * top_k / experts) routes of a rank; None drops none.
         drop: which routes go when an expert is over capacity: the least probable, or the last by position.
         dtype: compute dtype ("bfloat16"); parameters, gradients and reductions stay as the model has them. None: as is.
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
@@ -56,7 +56,9 @@ class Plan:
         if self.capacity is not None and not (isinstance(self.capacity, (int, float)) and self.capacity > 0):
             raise ValueError(f"Plan.capacity ({self.capacity!r}) must be positive, or None to drop no token.")
         if self.data == "ddp" and self.dtype is not None:
-            raise ValueError(f"Plan.dtype ({self.dtype!r}) needs data='fsdp2': with 'ddp' convert the model, or leave it.")
+            raise ValueError(
+                f"Plan.dtype ({self.dtype!r}) needs data='fsdp2'. With 'ddp' leave it out, or convert the model itself."
+            )
         validate_choice(self.dispatcher, self.combine)
 
     @property
