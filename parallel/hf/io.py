@@ -24,6 +24,7 @@ from moeweave.parallel.hf.conversion import (
 )
 from moeweave.parallel.hf.files import INDEX, WeightsFolder
 from moeweave.parallel.hf.lazy import LazyTensor
+from moeweave.parallel.hf.peft_files import has_adapters, write_adapters
 from moeweave.parallel.hf.reader import load_weights
 from moeweave.parallel.hf.writer import describe, plan_layout, write_index, write_share
 from moeweave.parallel.mesh import Mesh
@@ -89,7 +90,8 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: int |
     keys and shapes that the family has on disk. A collective; every rank writes files of its own, and none holds the
     whole model. The folder appears when it is complete; other files of a folder it replaces (tokenizer) are kept.
 
-    A model that is not of transformers is written under its own names, without config.
+    A model that is not of transformers is written under its own names, without config. Of a model that peft wraps the
+    adapters are written, as peft does; `merge_and_unload()` them before `parallelize` to write the whole.
 
     Args:
         path: the folder.
@@ -103,6 +105,8 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: int |
         CheckpointError: the folder cannot be written; a size that is none.
     """
     model, folder = unwrap(model), Path(path)
+    if has_adapters(model):
+        return _save_adapters(model, folder)
     with together():
         max_bytes = _size_in_bytes(max_shard_size)
         twin = blueprint(model) if is_hugging_face(model) else None
@@ -128,6 +132,17 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: int |
             publish(staged, folder)
             settle(folder)
     logger.info("wrote %d files to %s", len(set(layout.weight_map.values())), folder)
+    return folder
+
+
+def _save_adapters(model: nn.Module, folder: Path) -> Path:
+    staged = stage(folder)
+    write_adapters(model, staged)
+    with together():
+        if rank() == 0:
+            _keep_others(folder, staged)
+            publish(staged, folder)
+            settle(folder)
     return folder
 
 

@@ -22,6 +22,7 @@ from moeweave.parallel.hf.conversion import (
     plan_reading,
 )
 from moeweave.parallel.hf.files import WeightsFolder
+from moeweave.parallel.hf.peft_files import has_adapters
 from moeweave.parallel.materialize import materialize, on_meta
 from moeweave.parallel.names import listed, model_class, named_state, tied_groups, unwrap
 
@@ -39,6 +40,11 @@ def load_weights(path: Path, model: nn.Module, device: torch.device | str) -> No
     """
     model = unwrap(model)
     with together():
+        if has_adapters(model):
+            raise CheckpointError(
+                f"{path} holds a whole model, and {model_class(model).__name__} adapts one. "
+                "Load it into the model first, then add the adapters and call parallelize."
+            )
         folder = WeightsFolder(path)
         twin = blueprint(model) if is_hugging_face(model) else None
         reading = _by_name(folder) if twin is None else plan_reading(twin, folder.sources, folder.path)

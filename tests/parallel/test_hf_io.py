@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+import moeweave as mw
 from hf_zoo import CORE, ZOO
 from moeweave.parallel.agreement import CheckpointError
 from moeweave.parallel.hf.boxes import box_slices, local_pieces
-from moeweave.parallel.hf.io import from_pretrained, save_pretrained
 from run_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks(2)
@@ -35,8 +35,6 @@ def write_reference(name: str, folder: Path, **changes: Any) -> Any:
 
 
 def wrap(name: str, mesh: dict[str, int], plan: dict[str, Any]) -> Any:
-    import moeweave as mw
-
     return mw.parallelize(ZOO[name](), mw.Mesh(**mesh), mw.Plan(**plan))
 
 
@@ -67,7 +65,7 @@ def assert_same_weights(folder: Path, reference: Path) -> None:
 
 
 def export(name: str, mesh: dict[str, int], plan: dict[str, Any], folder: str, size: str) -> list[str]:
-    save_pretrained(wrap(name, mesh, plan), folder, max_shard_size=size)
+    mw.save_pretrained(wrap(name, mesh, plan), folder, max_shard_size=size)
     return sorted(path.name for path in Path(folder).iterdir())
 
 
@@ -122,10 +120,8 @@ def test_ranks_write_their_own_experts(tmp_path: Path) -> None:
 
 
 def load(name: str, mesh: dict[str, int], plan: dict[str, Any], folder: str, changes: dict[str, Any]) -> None:
-    import moeweave as mw
-
     mw_mesh = mw.Mesh(**mesh)
-    model = from_pretrained(folder, mw_mesh, mw.Plan(**plan), attn_implementation="eager")
+    model = mw.from_pretrained(folder, mw_mesh, mw.Plan(**plan), attn_implementation="eager")
     assert not model.training
     assert_holds(model, ZOO[name](**changes))
     ids = torch.arange(8, 24).reshape(2, 8) + mw_mesh.data_rank
@@ -157,12 +153,10 @@ def test_tied_embeddings_stay_tied(plan: dict[str, Any], tmp_path: Path) -> None
 
 
 def through_tied(source: str, target: str, plan: dict[str, Any], changes: dict[str, Any]) -> None:
-    import moeweave as mw
-
     load("qwen3_moe", EP2, plan, source, changes)
-    model = from_pretrained(source, mw.Mesh(**EP2), mw.Plan(**plan))
+    model = mw.from_pretrained(source, mw.Mesh(**EP2), mw.Plan(**plan))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    save_pretrained(model, target)
+    mw.save_pretrained(model, target)
 
 
 class Counted:
@@ -196,11 +190,9 @@ class CountedSlice:
 
 
 def count_reads(mesh: dict[str, int], folder: str) -> tuple[set[str], int, int]:
-    import moeweave as mw
-
     safetensors.safe_open = counted = Counted()  # type: ignore[misc, assignment]
     try:
-        model = from_pretrained(folder, mw.Mesh(**mesh))
+        model = mw.from_pretrained(folder, mw.Mesh(**mesh))
     finally:
         safetensors.safe_open = counted.real  # type: ignore[misc]
     held = sum(view.numel() * view.element_size() for p in model.parameters() for _, view in local_pieces(p))
@@ -221,15 +213,27 @@ def test_a_rank_reads_what_it_holds_and_no_more(name: str, ranks: int, mesh: dic
         assert experts <= set(range(first, first + 4))
 
 
+def out_and_in(name: str, folder: str) -> None:
+    mw.save_pretrained(wrap(name, EP2, {}), folder, max_shard_size="30KB")
+    model = mw.from_pretrained(folder, mw.Mesh(**EP2))
+    assert_holds(model, ZOO[name]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_every_architecture_out_and_in(name: str, tmp_path: Path) -> None:
+    write_reference(name, tmp_path / "reference")
+    run_ranks(2, out_and_in, name, str(tmp_path / "out"))
+    assert_same_weights(tmp_path / "out", tmp_path / "reference")
+
+
 # ---- what transformers keeps in another dtype, and other ways in
 
 
 def load_bf16(folder: str) -> str:
-    import moeweave as mw
-
-    model = from_pretrained(folder, mw.Mesh(**EP2))
+    model = mw.from_pretrained(folder, mw.Mesh(**EP2))
     bias = next(b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias"))
-    save_pretrained(model, f"{folder}-again")
+    mw.save_pretrained(model, f"{folder}-again")
     return f"{next(model.parameters()).dtype} {bias.dtype}"
 
 
@@ -274,7 +278,7 @@ def plain_round_trip(folder: str) -> list[str]:
     whole = read_folder(Path(folder))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, whole[name])
-    save_pretrained(model, f"{folder}-again")
+    mw.save_pretrained(model, f"{folder}-again")
     return sorted(model.state_dict())
 
 
@@ -286,14 +290,50 @@ def test_plain_model_with_names_of_its_own_on_each_rank(tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "in-again", tmp_path / "in")
 
 
+def adapted() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(7)
+    config = LoraConfig(
+        r=3, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False
+    )
+    return get_peft_model(ZOO["mixtral"](), config)
+
+
+def export_adapters(folder: str, mesh: dict[str, int], plan: dict[str, Any]) -> str:
+    model = mw.parallelize(adapted(), mw.Mesh(**mesh), mw.Plan(**plan))
+    mw.save_pretrained(model, folder)
+    with pytest.raises(CheckpointError) as error:
+        mw.load(f"{folder}-base", model)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("plan", [{}, {"data": "ddp"}], ids=["fsdp2", "ddp"])
+def test_adapters_are_written_as_peft_reads_them(plan: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    write_reference("mixtral", tmp_path / "out-base")
+    assert all(
+        "then add the adapters" in error for error in run_ranks(2, export_adapters, str(tmp_path / "out"), EP2, plan)
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    loaded = PeftModel.from_pretrained(ZOO["mixtral"](), tmp_path / "out").eval()
+    ids = torch.arange(8, 24).reshape(2, 8)
+    with torch.no_grad():
+        logits = loaded(input_ids=ids).logits
+        assert torch.equal(logits, adapted().eval()(input_ids=ids).logits)
+        assert not torch.equal(logits, ZOO["mixtral"]().eval()(input_ids=ids).logits)
+
+
 # ---- bad folders
 
 
 def load_badly(folder: str) -> str:
-    import moeweave as mw
-
     try:
-        from_pretrained(folder, mw.Mesh(**EP2))
+        mw.from_pretrained(folder, mw.Mesh(**EP2))
     except CheckpointError as error:
         return str(error)
     raise AssertionError("it loaded")
@@ -391,13 +431,13 @@ def test_other_bad_folders(tmp_path: Path) -> None:
 def export_twice(folder: str) -> None:
 
     model = wrap("qwen3_moe", EP2, {})
-    save_pretrained(model, folder, max_shard_size="20KB")
+    mw.save_pretrained(model, folder, max_shard_size="20KB")
     if dist.get_rank() == 0:
         Path(folder, "tokenizer.json").write_text("{}")
     with torch.no_grad():
         for param in model.parameters():
             param.mul_(2)
-    save_pretrained(model, folder, max_shard_size="1GB")
+    mw.save_pretrained(model, folder, max_shard_size="1GB")
 
 
 def test_export_replaces_weights_and_keeps_the_tokenizer(tmp_path: Path) -> None:
@@ -423,7 +463,7 @@ def fail_on_one_rank(folder: str) -> str:
     if dist.get_rank() == 1:
         safetensors.torch.save_file = full_disk
     try:
-        save_pretrained(model, folder, max_shard_size="20KB")
+        mw.save_pretrained(model, folder, max_shard_size="20KB")
     except OSError as error:
         return str(error)
     finally:
