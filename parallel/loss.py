@@ -24,6 +24,13 @@ from moeweave.parallel.data import no_sync
 from moeweave.parallel.record import Record, record_of
 
 IGNORED_LABEL = -100
+# transformers' losses that are means over labels: whether position s holds its own label (True) or s + 1 its (False).
+_LABEL_LOSSES = {
+    "ForCausalLM": False,
+    "ForConditionalGeneration": False,
+    "ForMaskedLM": True,
+    "ForTokenClassification": True,
+}
 
 
 def global_tokens(labels: Tensor, *, shifted: bool = False) -> Tensor:
@@ -64,10 +71,10 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     """
     record = record_of(model)
     parts = _split(batch, microbatches)
-    labels = batch.get("shift_labels", batch.get("labels"))
     extra: dict[str, Any] = {}
-    if microbatches > 1 and labels is not None and record.takes_num_items and "num_items_in_batch" not in batch:
-        extra["num_items_in_batch"] = global_tokens(labels, shifted="shift_labels" in batch)
+    if microbatches > 1 and record.takes_num_items and "num_items_in_batch" not in batch:
+        num_items = _num_items(batch, record)
+        extra = {} if num_items is None else {"num_items_in_batch": num_items}
     share = 1.0 if extra else 1.0 / microbatches
     record.aux_share = 1.0 / microbatches if extra else 1.0
     for layer in record.layers:
@@ -123,33 +130,43 @@ def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
 def install_loss_hooks(model: nn.Module, record: Record) -> None:
     """Make `model(**batch).loss` the rank's share of the global loss."""
     forward = inspect.signature(model.forward)
+    loss_type = getattr(model, "loss_type", None)
     record.takes_num_items = hasattr(model, "loss_function") and any(
         p.kind is p.VAR_KEYWORD or name == "num_items_in_batch" for name, p in forward.parameters.items()
     )
-    if record.mesh.data_size == 1:
-        return
-    if record.plan.aux == "global":
+    if loss_type is not None:
+        # A loss over rows (classes of a sequence) is a mean over equal batches already.
+        record.takes_num_items &= loss_type in _LABEL_LOSSES
+        record.labels_shifted = _LABEL_LOSSES.get(loss_type, False)
+    if record.takes_num_items:
+        _hand_over_num_items(model, record)
+    if record.mesh.data_size > 1 and record.plan.aux == "global":
         for layer in record.layers:
             layer.reduce = functools.partial(_sum_over_data, group=record.mesh.data_group)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not record.takes_num_items or kwargs.get("num_items_in_batch") is not None:
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        record.num_items = kwargs.get("num_items_in_batch")
+        if record.mesh.data_size == 1 or not record.takes_num_items or record.num_items is not None:
             return args, kwargs
         given = forward.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        labels = given.get("shift_labels", given.get("labels"))
-        if labels is not None:
-            kwargs = {**kwargs, "num_items_in_batch": global_tokens(labels, shifted="shift_labels" in given)}
-        return args, kwargs
+        record.num_items = _num_items({**given, **given.get("kwargs", {})}, record)
+        return args, kwargs if record.num_items is None else {**kwargs, "num_items_in_batch": record.num_items}
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         aux_local = getattr(output, "aux_loss", None)
-        if not isinstance(aux_local, Tensor) or getattr(output, "router_logits", None) is None:
+        if not isinstance(aux_local, Tensor):
             return output
-        given = forward.bind_partial(*args, **kwargs).arguments
-        mask = {**given, **given.get("kwargs", {})}.get("attention_mask")
         aux = aux_local
-        if record.plan.aux == "global":
+        if record.plan.aux == "global" and record.mesh.data_size > 1:
+            if not getattr(output, "router_logits", None):
+                raise ValueError(
+                    f"Plan.aux ('global') needs the router logits of the step, and {type(model).__name__} returned an "
+                    "aux_loss without them. Use Plan(aux='rank') to keep the model's own, per rank."
+                )
+            given = forward.bind_partial(*args, **kwargs).arguments
+            mask = {**given, **given.get("kwargs", {})}.get("attention_mask")
             aux = global_aux_loss(output.router_logits, aux_local, mask, record)
         if output.loss is not None:
             output.loss = output.loss + record.aux_coef * (aux * record.aux_share - aux_local)
@@ -160,9 +177,31 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
     model.register_forward_hook(after, with_kwargs=True)
 
 
-def global_aux_loss(
-    logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor | None, record: Record
-) -> Tensor:
+def _num_items(batch: dict[str, Any], record: Record) -> Tensor | None:
+    """`global_tokens` of the labels in a batch; None without labels."""
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if labels is None:
+        return None
+    return global_tokens(labels, shifted=record.labels_shifted or "shift_labels" in batch)
+
+
+def _hand_over_num_items(model: nn.Module, record: Record) -> None:
+    """Give `num_items_in_batch` to the loss of models whose forward takes it and does not pass it on, as several do."""
+    own = model.loss_function
+    takes = inspect.signature(own).parameters
+    if "num_items_in_batch" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return
+
+    @functools.wraps(own)
+    def loss_function(*args: Any, **kwargs: Any) -> Any:
+        if record.num_items is not None and kwargs.get("num_items_in_batch") is None:
+            kwargs["num_items_in_batch"] = record.num_items
+        return own(*args, **kwargs)
+
+    model.loss_function = loss_function
+
+
+def global_aux_loss(logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor | None, record: Record) -> Tensor:
     """Load-balancing loss of the global batch, equal on every data rank.
 
     Switch Transformer's (arXiv 2101.03961, equations 4-6), as transformers computes it: num_experts times the sum over

@@ -25,6 +25,8 @@ class Record:
     layers: the model's own `MoELayer`s, whose balance losses are in the graph and not in the model's loss.
     top_k, aux_coef: of the model's own load-balancing loss.
     takes_num_items: the model divides its loss by `num_items_in_batch` if it is given.
+    labels_shifted: position s of the labels is the label of position s, not of s - 1.
+    num_items: `num_items_in_batch` of the call under way.
     aux_share: weight of the aux loss in the call under way (1 / micro-batches).
     aux_checked: the model's aux loss was seen to follow the formula.
     """
@@ -37,6 +39,8 @@ class Record:
     top_k: int = 1
     aux_coef: float = 0.0
     takes_num_items: bool = False
+    labels_shifted: bool = False
+    num_items: Tensor | None = None
     aux_share: float = 1.0
     aux_checked: bool = False
 

@@ -90,11 +90,35 @@ def rows(names: list[str]) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    where = f"| {row['architecture']} | {row.get('experts', '')} | {row.get('ranks', '')} / {row.get('ep', '')} |"
+    """One comparison, for the terminal."""
+    if "ok" not in row:
+        return f"{row['architecture']}: not compared: {row['reason']}"
+    where = f"{row['architecture']}: {row['ranks']} ranks, ep {row['ep']}:"
     if "worst" not in row:
-        return f"{where} | | {'not compared' if 'ok' not in row else 'FAILED'}: {row['reason']} |"
-    verdict = "pass" if row["ok"] else "FAILED"
-    return f"{where} {row['loss_error']:.1e} | {row['worst']:.1e} `{row['worst_name']}` | {verdict} |"
+        return f"{where} FAILED: {row['reason']}"
+    errors = f"loss {row['loss_error']:.1e}, worst gradient {row['worst']:.1e} {row['worst_name']}"
+    return f"{where} {'pass' if row['ok'] else 'FAILED'}: {errors} ({row['experts']})"
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """One line an architecture: the worst gradient error on each mesh, and the parameter of the largest."""
+    meshes = " | ".join(f"{ranks} ranks, ep {ep}" for ranks, ep in MESHES)
+    lines = [
+        f"| architecture | experts | balance loss | {meshes} | worst parameter |",
+        "|---" * (4 + len(MESHES)) + "|",
+    ]
+    for name in dict.fromkeys(row["architecture"] for row in table):
+        own = [row for row in table if row["architecture"] == name]
+        cells = [f"{r['worst']:.1e}" if r.get("ok") else "FAILED" if "ok" in r else "-" for r in own]
+        measured = [row for row in own if "worst" in row]
+        if not measured:
+            reason = own[0]["reason"]
+            lines.append(f"| {name} | - | - | {' | '.join(['-'] * len(MESHES))} | not compared: {reason} |")
+            continue
+        worst = max(measured, key=lambda row: row["worst"])
+        aux = "yes" if worst["aux_loss"] else "none"
+        lines.append(f"| {name} | {worst['experts']} | {aux} | {' | '.join(cells)} | `{worst['worst_name']}` |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -111,11 +135,9 @@ def main() -> int:
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": table}, indent=1) + "\n")
-    heading = (
-        f"{len(passed)} architectures of transformers {versions['transformers']} on torch {versions['torch']}, fp32."
-    )
-    columns = "| architecture | experts | ranks / ep | loss error | worst gradient error | |\n|---|---|---|---|---|---|"
-    chosen.out.with_suffix(".md").write_text("\n".join([heading, "", columns, *map(line, table)]) + "\n")
+    on = ", ".join(f"{package} {version}" for package, version in versions.items())
+    heading = f"{len(passed)} of {len(chosen.only)} architectures pass, fp32, {on}."
+    chosen.out.with_suffix(".md").write_text(f"{heading}\n\n{markdown(table)}\n")
     print(heading)
     return int(any(row.get("ok") is False for row in table))
 

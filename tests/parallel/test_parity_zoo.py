@@ -1,8 +1,14 @@
 """Over ranks with different batches, every architecture takes the step that one process would take on all of them."""
 
-import pytest
+from functools import partial
 
-from hf_zoo import CORE, LAYOUTS, NOT_WRAPPABLE, NUM_EXPERTS, ZOO
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from hf_zoo import AUX_COEF, CORE, LAYOUTS, NOT_WRAPPABLE, NUM_EXPERTS, ZOO, make_batch
+from moeweave.kernels_ext.tolerance import relative_error
 from parity_table import MESHES, parity
 from run_ranks import run_ranks
 
@@ -28,3 +34,50 @@ def test_step_over_ranks_is_the_step_of_one_process(name: str, ranks: int, ep: i
     assert row["loss_error"] <= TOLERANCE
     assert row["norm_error"] <= TOLERANCE
     assert row["ok"]
+
+
+def split_step(name: str, microbatches: int) -> tuple[float, float]:
+    """Relative errors of loss and worst gradient of a step in micro-batches, one row of each rank in each."""
+    import moeweave as mw
+
+    mesh = mw.Mesh(dp=dist.get_world_size(), ep=dist.get_world_size())
+    wrapped = mw.parallelize(ZOO[name](), mesh)
+    loss = mw.forward_backward(wrapped, make_batch(name, mesh.data_rank, rows=microbatches), microbatches)
+
+    reference = ZOO[name]()
+    batches = [make_batch(name, rank, rows=microbatches) for rank in range(mesh.data_size)]
+    labels = torch.cat([batch["labels"][:, 1:] for batch in batches])
+    wanted = torch.zeros(())
+    for row in range(microbatches):
+        part = {key: torch.cat([batch[key][row : row + 1] for batch in batches]) for key in batches[0]}
+        output = reference(**part)
+        aux = AUX_COEF * (getattr(output, "aux_loss", None) or 0.0)
+        share = (part["labels"][:, 1:] != -100).sum() / (labels != -100).sum()
+        wanted = wanted + (output.loss - aux) * share + aux / microbatches
+    wanted.backward()
+    errors = [
+        relative_error(param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad, want.grad)
+        for (_, param), (_, want) in zip(wrapped.named_parameters(), reference.named_parameters(), strict=True)
+        if want.grad is not None
+    ]
+    return abs(float(loss) / float(wanted.detach()) - 1), max(errors)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_micro_batches_add_up(name: str, ranks: int) -> None:
+    for errors in run_ranks(ranks, split_step, name, 3):
+        assert max(errors) <= TOLERANCE
+
+
+def plain_parity(name: str) -> float:
+    """Worst gradient error of a step that balances experts over each rank's own tokens."""
+    import moeweave as mw
+    from moeweave.parallel.verify import gradient_parity
+
+    mesh = mw.Mesh(dp=2, ep=2)
+    return gradient_parity(ZOO[name], partial(make_batch, name), mesh, mw.Plan(aux="rank")).worst
+
+
+def test_the_proof_sees_a_balance_loss_per_rank() -> None:
+    assert min(run_ranks(2, plain_parity, "mixtral")) > 100 * TOLERANCE
