@@ -185,7 +185,7 @@ def _num_items(batch: dict[str, Any], record: Record) -> Tensor | None:
     return global_tokens(labels, shifted=record.labels_shifted or "shift_labels" in batch)
 
 
-def _hand_over_num_items(model: nn.Module, record: Record) -> None:
+def _hand_over_num_items(model: Any, record: Record) -> None:
     """Give `num_items_in_batch` to the loss of models whose forward takes it and does not pass it on, as several do."""
     own = model.loss_function
     takes = inspect.signature(own).parameters
