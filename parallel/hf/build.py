@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def load_config(source: str, overrides: Mapping[str, Any] | None = None, *, size
     """The transformers config that `build_model` builds from; arguments and errors are the same."""
     if size not in SIZES:
         raise ValueError(f"model size {size!r} is unknown. Use one of {', '.join(SIZES)}.")
+    if find_spec("transformers") is None:
+        raise ValueError(f"model source {source!r} needs transformers. Install it: pip install 'moeweave[hf]'.")
     overrides = dict(overrides or {})
     path = _config_file(source)
     if path is not None:
@@ -155,7 +158,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"model config {path} is not JSON ({error}).") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ValueError(f"model config {path} has no field model_type, so its architecture is unknown. Add it.")
-    return _class_of(fields["model_type"]), fields
+    config_class = _class_of(fields["model_type"])
+    # Read again by transformers, which turns back the forms that it writes infinite numbers in.
+    return config_class, config_class.get_config_dict(str(path))[0]
 
 
 def _class_of(model_type: str) -> Any:

@@ -220,7 +220,7 @@ def out_and_in(name: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"diffusion_gemma"}))  # shares weights between units of sharding
 def test_every_architecture_out_and_in(name: str, tmp_path: Path) -> None:
     write_reference(name, tmp_path / "reference")
     run_ranks(2, out_and_in, name, str(tmp_path / "out"))
