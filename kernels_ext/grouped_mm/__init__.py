@@ -112,7 +112,7 @@ class _GroupedMMFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, weight_EDF, offsets_e = ctx.saved_tensors
-        grad_RF = grads[0].contiguous()  # of y.sum() it is an expanded scalar, which torch's grouped_mm refuses
+        grad_RF = grads[0].contiguous()  # once for both products: of y.sum() it is an expanded scalar
         forward, weight_grad = _kernels(grad_RF)
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
