@@ -167,7 +167,7 @@ FROM_KWARGS = ("hybrid_override_pattern", "full_attention_interval")
 AUX_LOSS_SINCE = {
     "flex_olmo": (5, 9),
     "qwen3_next": (5, 9),
-    "qwen3_omni_moe": (5, 17),
+    "qwen3_omni_moe": (5, 20),
     "granitemoe": (5, 20),
     "granitemoe_swa": (5, 20),
     "granitemoehybrid": (5, 20),
