@@ -47,6 +47,7 @@ def start_ranks(
         start_method="fork" if on_cpu and sys.platform == "linux" else "spawn",
         logs_specs=_RankLogs(log_dir),
     )
+    env.use_a_store_per_restart()
     threads = env.threads_asked() or max(1, _num_cores() // num_ranks)
     try:
         with _quiet_elastic():

@@ -8,6 +8,7 @@
 | OMP_NUM_THREADS            | the user      | CPU threads of a rank; absent: the cores divided by the ranks        |
 | MOEWEAVE_TRACEBACK         | the user      | 1: print a whole traceback where an error would be one line          |
 
+Set here: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, unless the user has set it, for the ranks that this program starts.
 What torch, transformers and rich read for themselves (MASTER_ADDR, GLOO_SOCKET_IFNAME, NO_COLOR, ...) is theirs.
 """
 
@@ -53,6 +54,14 @@ def threads_asked() -> int:
     """OMP_NUM_THREADS, or 0 where the user has not set it."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() else 0
+
+
+def use_a_store_per_restart() -> None:
+    """Tells torch elastic, in this process's environment, to give restarted ranks a new store to meet in.
+
+    Otherwise they read the addresses of the ranks before them in the old one, and wait for those (pytorch#135712).
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
 def wants_traceback() -> bool:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 import moeweave as mw
-from moeweave.launch import data, optim, plot, prepare, progress, runlog
+from moeweave.launch import data, env, optim, plot, prepare, progress, runlog
 from moeweave.launch.compose import to_yaml
 from moeweave.launch.sampler import Sampler
 from moeweave.launch.schema import TrainConfig
@@ -78,7 +78,6 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     report = _prove(training) if config.proof else None
     if mesh.rank == 0:
         _farewell(training, lines, report)
-    dist.barrier()
     dist.destroy_process_group()
     first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (math.nan, math.nan)
     return Outcome(str(run_folder.path), first, last, None if report is None else report.ok)
@@ -113,14 +112,23 @@ def _choose_folder(config: TrainConfig, folder: str | None) -> str:
 
 
 def _checkpoint_to_resume(config: TrainConfig, folder: runlog.RunFolder) -> str | None:
-    """The checkpoint to go on from, or None to begin."""
+    """The checkpoint to go on from, or None to begin. Ranks that were restarted go on from their own newest."""
+    own = mw.latest(folder.checkpoints)
+    ranks = env.launched_ranks()
+    restarted = ranks is not None and ranks.restarts > 0
+    if config.resume == "auto" or (restarted and own is not None):
+        return None if own is None else str(own)
     if config.resume == "never":
         return None
-    named = Path(config.resume)
-    if config.resume != "auto" and not runlog.RunFolder(named).checkpoints.is_dir():
-        return config.resume
-    newest = mw.latest(folder.checkpoints if config.resume == "auto" else runlog.RunFolder(named).checkpoints)
-    return None if newest is None else str(newest)
+    named = Path(config.resume).absolute()
+    if runlog.RunFolder(named).checkpoints.is_dir():
+        named = mw.latest(runlog.RunFolder(named).checkpoints) or named
+    if named.parent == folder.checkpoints and own is not None and named.name != own.name:
+        raise ValueError(
+            f"resume={named}: run.dir holds a newer checkpoint, {own.name}, that this run would leave behind. "
+            "Use resume=auto, or begin a branch with run.dir=<new folder>."
+        )
+    return str(named)
 
 
 def _resume(training: Training, checkpoint: str) -> None:

@@ -85,7 +85,6 @@ def prove(config: VerifyConfig) -> ParityReport:
         mesh,
         mw.Plan.from_dict(config.plan),
     )
-    dist.barrier()
     dist.destroy_process_group()
     return report
 

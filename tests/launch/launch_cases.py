@@ -1,6 +1,9 @@
 """Programs with a fault put in, for the tests that they notice."""
 
-from moeweave.launch import train, verify
+import os
+import signal
+
+from moeweave.launch import env, train, trainer, verify
 from moeweave.parallel import verify as proof
 
 
@@ -20,3 +23,16 @@ def scale_one_gradient():
         return loss
 
     proof.forward_backward = dishonest
+
+
+def lose_a_rank_once():
+    """Rank 1 is killed in its fifth step, at the first attempt."""
+    honest = trainer._step
+
+    def step(training):
+        ranks = env.launched_ranks()
+        if training.steps_done == 4 and ranks.rank == 1 and ranks.restarts == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(training)
+
+    trainer._step = step

@@ -1,6 +1,7 @@
 """moeweave-train as the user runs it: what a run leaves, that a killed one goes on bit by bit, that errors are read."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -95,13 +96,27 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path):
     assert len(list((broken / "checkpoints").iterdir())) == 2  # checkpoint.keep
 
 
+def test_ranks_that_are_restarted_go_on_by_themselves(tmp_path):
+    arguments = [*TINY, "steps=8", "checkpoint.every=3", "proof=false"]
+    assert run("train", *arguments, "run.dir=whole", cwd=tmp_path).code == 0
+    case = ["launch_cases", "train", "lose_a_rank_once", *arguments, "run.dir=broken"]
+    failed = run(*case, cwd=tmp_path)
+    assert failed.code == 1
+    assert "rank 1 failed: the process was killed from outside" in failed.err
+    shutil.rmtree(tmp_path / "broken")
+    done = run(*case, "ranks.max_restarts=1", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "resume  step 3 of 8" in done.out
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
 def test_a_run_goes_on_over_other_ranks(tmp_path):
     arguments = [*TINY, "checkpoint.every=5", "proof=false", f"run.dir={tmp_path / 'run'}"]
     assert run("train", *TINY, "steps=10", "proof=false", f"run.dir={tmp_path / 'whole'}", cwd=tmp_path).code == 0
     assert run("train", *arguments, "steps=10", "ranks.max_restarts=0", cwd=tmp_path).code == 0
     for folder in (tmp_path / "run/checkpoints").iterdir():
         if not folder.name.endswith("5"):
-            __import__("shutil").rmtree(folder)
+            shutil.rmtree(folder)
     done = run("train", *arguments, "steps=10", "mesh.dp=1", "mesh.ep=1", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "resume  step 5 of 10" in done.out
@@ -131,6 +146,11 @@ def test_a_run_begins_from_the_checkpoint_of_another(tmp_path):
     )
     assert done.code == 0, done.err
     assert [line["step"] for line in metrics(tmp_path / "b")] == [5, 6]
+    older = run("train", *TINY, "steps=8", "run.dir=a", "checkpoint.every=5", "proof=false", cwd=tmp_path)
+    assert older.code == 0, older.err
+    done = run("train", *TINY, "steps=8", "run.dir=a", "resume=a/checkpoints/step-00000005", cwd=tmp_path)
+    assert done.code == 1
+    assert "run.dir holds a newer checkpoint, step-00000008" in done.err
 
 
 @pytest.mark.parametrize("kind", ["foreign", "corrupt"])
