@@ -1,8 +1,10 @@
 """Grouped matrix product by `torch.nn.functional.grouped_mm`: no host read on GPUs, one C++ loop over BLAS on CPUs.
 
-Against the plain loop on 2 CPU cores in float32 it is equal on big groups (R 1024, D 256, F 1024, E 8: forward 5.1 ms,
-backward 9.3 ms both) and 1.4 times as fast on small ones (R 256, D 128, F 128, E 16: 0.21 against 0.29 ms and 0.46
-against 0.66 ms). Letters: R rows, E groups (experts), D columns in, F columns out.
+Against the plain loop in float32 on CPU cores it is equal on big groups (R 1024, D 256, F 1024, E 8, two cores: forward
+5.1 ms, backward 9.3 ms both) and 1.4 times as fast on small ones (R 256, D 128, F 128, E 16, one core: 0.21 against
+0.29 ms and 0.46 against 0.66 ms). On an H200 with torch 2.11 in bfloat16 (R 16384, D 2048, F 1536, E 64), forward and
+backward take 0.71 ms against 5.6 ms, and 0.94 ms when the tails must be zeroed; in float32 both take 9.4 ms.
+Letters: R rows, E groups (experts), D columns in, F columns out.
 """
 
 from __future__ import annotations
