@@ -55,10 +55,12 @@ def materialize(model: nn.Module, device: torch.device | str, computed: Mapping[
         model._apply(lambda t: _allocate(t, device))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swapping)
-    for param, (attributes, hooks) in kept.items():
+    for param, (attributes, hooks, after_hooks) in kept.items():
         vars(param).update(attributes)
         for hook in hooks:
             param.register_hook(hook)
+        for hook in after_hooks:
+            param.register_post_accumulate_grad_hook(hook)
     for name in wanted:
         model.get_buffer(name).copy_(computed[name])
 
@@ -70,8 +72,10 @@ def _allocate(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.detach().to(device)
 
 
-def _take_hooks(param: nn.Parameter) -> tuple[dict[str, Any], list[Any]]:
-    """The attributes and gradient hooks of a parameter; swapping its memory would leave them behind."""
+def _take_hooks(param: nn.Parameter) -> tuple[dict[str, Any], list[Any], list[Any]]:
+    """Attributes, hooks and hooks after accumulation, off the parameter: a swap of its memory would lose them."""
     hooks = list((param._backward_hooks or {}).values())
+    after_hooks = list((param._post_accumulate_grad_hooks or {}).values())
     param._backward_hooks = None
-    return dict(vars(param)), hooks
+    param._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+    return dict(vars(param)), hooks, after_hooks

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import moeweave as mw
-from hf_zoo import CORE, ZOO
+from hf_zoo import CORE, ZOO, make_batch
 from moeweave.parallel.agreement import CheckpointError
 from moeweave.parallel.hf.boxes import box_slices, local_pieces
 from run_ranks import run_ranks
@@ -35,7 +35,7 @@ def write_reference(name: str, folder: Path, **changes: Any) -> Any:
 
 
 def wrap(name: str, mesh: dict[str, int], plan: dict[str, Any]) -> Any:
-    return mw.parallelize(ZOO[name](), mw.Mesh(**mesh), mw.Plan(**plan))
+    return mw.parallelize(ZOO[name](), mw.Mesh(**mesh, device="cpu"), mw.Plan(**plan))
 
 
 def assert_holds(model: Any, reference: Any) -> None:
@@ -120,14 +120,18 @@ def test_ranks_write_their_own_experts(tmp_path: Path) -> None:
 
 
 def load(name: str, mesh: dict[str, int], plan: dict[str, Any], folder: str, changes: dict[str, Any]) -> None:
-    mw_mesh = mw.Mesh(**mesh)
+    mw_mesh = mw.Mesh(**mesh, device="cpu")
     model = mw.from_pretrained(folder, mw_mesh, mw.Plan(**plan), attn_implementation="eager")
     assert not model.training
     assert_holds(model, ZOO[name](**changes))
-    ids = torch.arange(8, 24).reshape(2, 8) + mw_mesh.data_rank
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    assert torch.isfinite(loss)
+    wrapped = mw.parallelize(ZOO[name](**changes).eval(), mw_mesh, mw.Plan(**plan))
+    batch = make_batch(name, mw_mesh.data_rank)
+    assert torch.equal(mw.forward_backward(model, batch), mw.forward_backward(wrapped, batch))
+    for (key, param), other in zip(model.named_parameters(), wrapped.parameters(), strict=True):
+        if other.grad is not None:  # hooks and engines are in place, too
+            for (box, mine), (same_box, theirs) in zip(local_pieces(param.grad), local_pieces(other.grad), strict=True):
+                assert box == same_box
+                assert torch.equal(mine, theirs), key
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -154,7 +158,7 @@ def test_tied_embeddings_stay_tied(plan: dict[str, Any], tmp_path: Path) -> None
 
 def through_tied(source: str, target: str, plan: dict[str, Any], changes: dict[str, Any]) -> None:
     load("qwen3_moe", EP2, plan, source, changes)
-    model = mw.from_pretrained(source, mw.Mesh(**EP2), mw.Plan(**plan))
+    model = mw.from_pretrained(source, mw.Mesh(**EP2, device="cpu"), mw.Plan(**plan))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     mw.save_pretrained(model, target)
 
@@ -192,7 +196,7 @@ class CountedSlice:
 def count_reads(mesh: dict[str, int], folder: str) -> tuple[set[str], int, int]:
     safetensors.safe_open = counted = Counted()  # type: ignore[misc, assignment]
     try:
-        model = mw.from_pretrained(folder, mw.Mesh(**mesh))
+        model = mw.from_pretrained(folder, mw.Mesh(**mesh, device="cpu"))
     finally:
         safetensors.safe_open = counted.real  # type: ignore[misc]
     held = sum(view.numel() * view.element_size() for p in model.parameters() for _, view in local_pieces(p))
@@ -215,7 +219,7 @@ def test_a_rank_reads_what_it_holds_and_no_more(name: str, ranks: int, mesh: dic
 
 def out_and_in(name: str, folder: str) -> None:
     mw.save_pretrained(wrap(name, EP2, {}), folder, max_shard_size="30KB")
-    model = mw.from_pretrained(folder, mw.Mesh(**EP2))
+    model = mw.from_pretrained(folder, mw.Mesh(**EP2, device="cpu"))
     assert_holds(model, ZOO[name]())
 
 
@@ -231,7 +235,7 @@ def test_every_architecture_out_and_in(name: str, tmp_path: Path) -> None:
 
 
 def load_bf16(folder: str) -> str:
-    model = mw.from_pretrained(folder, mw.Mesh(**EP2))
+    model = mw.from_pretrained(folder, mw.Mesh(**EP2, device="cpu"))
     bias = next(b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias"))
     mw.save_pretrained(model, f"{folder}-again")
     return f"{next(model.parameters()).dtype} {bias.dtype}"
@@ -301,7 +305,7 @@ def adapted() -> Any:
 
 
 def export_adapters(folder: str, mesh: dict[str, int], plan: dict[str, Any]) -> str:
-    model = mw.parallelize(adapted(), mw.Mesh(**mesh), mw.Plan(**plan))
+    model = mw.parallelize(adapted(), mw.Mesh(**mesh, device="cpu"), mw.Plan(**plan))
     mw.save_pretrained(model, folder)
     with pytest.raises(CheckpointError) as error:
         mw.load(f"{folder}-base", model)
@@ -333,7 +337,7 @@ def test_adapters_are_written_as_peft_reads_them(plan: dict[str, Any], tmp_path:
 
 def load_badly(folder: str) -> str:
     try:
-        mw.from_pretrained(folder, mw.Mesh(**EP2))
+        mw.from_pretrained(folder, mw.Mesh(**EP2, device="cpu"))
     except CheckpointError as error:
         return str(error)
     raise AssertionError("it loaded")
