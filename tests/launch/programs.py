@@ -53,7 +53,7 @@ class Run:
         """What it has printed so far."""
         return self._out.read_text()
 
-    def wait(self, timeout: float = 90) -> Done:
+    def wait(self, timeout: float = 150) -> Done:
         """Its end, or TimeoutError after `timeout` seconds; no process is left either way."""
         try:
             answer = _nursery().wait(self.pid, timeout)
@@ -74,12 +74,12 @@ def start(program: str, *arguments: str, cwd: Path, **environment: str) -> Run:
     return Run(_nursery().start(request), out, err)
 
 
-def run(program: str, *arguments: str, cwd: Path, timeout: float = 90, **environment: str) -> Done:
+def run(program: str, *arguments: str, cwd: Path, timeout: float = 150, **environment: str) -> Done:
     """Starts it and waits for its end."""
     return start(program, *arguments, cwd=cwd, **environment).wait(timeout)
 
 
-def fresh(command: list[str], cwd: Path, timeout: float = 120, **environment: str) -> Done:
+def fresh(command: list[str], cwd: Path, timeout: float = 200, **environment: str) -> Done:
     """Runs `command` with an interpreter of its own, from the checkout."""
     started = time.monotonic()
     variables = {name: value for name, value in os.environ.items() if name not in CLEAN}

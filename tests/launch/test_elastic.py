@@ -52,7 +52,7 @@ def test_where_the_other_ranks_were_is_kept(tmp_path):
 
 
 def _until_ready(folder):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all((folder / f"ready{rank}").exists() for rank in range(2)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

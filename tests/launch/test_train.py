@@ -68,7 +68,7 @@ def test_a_gradient_that_differs_fails_the_run(tmp_path):
 def kill_at(step: int, folder: Path, *arguments: str, cwd: Path) -> None:
     """Starts a run and sends SIGKILL to all of it once it has logged `step`."""
     running = start("train", *arguments, f"run.dir={folder}", cwd=cwd)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len(metrics_safely(folder)) < step:
         assert time.monotonic() < deadline, running.output()
         time.sleep(0.005)
@@ -222,7 +222,7 @@ def test_a_rank_that_raises_stops_the_run_and_is_read_first(tmp_path):
 
 def test_ctrl_c_ends_a_run(tmp_path):
     running = start("train", *TINY, "steps=100000", f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert time.monotonic() < deadline, running.output()
         time.sleep(0.05)
@@ -235,10 +235,10 @@ def test_ctrl_c_ends_a_run(tmp_path):
 # ---- under torchrun, and from a fresh interpreter
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_the_ranks_of_torchrun_are_used_and_share_a_folder(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = fresh([*torchrun, "-m", "moeweave.launch.train", *TINY, "steps=2"], cwd=tmp_path, timeout=200)
+    done = fresh([*torchrun, "-m", "moeweave.launch.train", *TINY, "steps=2"], cwd=tmp_path, timeout=350)
     assert (done.code, done.left) == (0, ()), done.err
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(losses(folder)) == 2
@@ -246,10 +246,10 @@ def test_the_ranks_of_torchrun_are_used_and_share_a_folder(tmp_path):
     assert (folder / "logs/rank1.log").exists()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_help_and_the_resolved_config_come_from_the_module_too(tmp_path):
     done = fresh(
-        [sys.executable, "-m", "moeweave.launch.train", "--cfg", "experiment=quickstart"], cwd=tmp_path, timeout=200
+        [sys.executable, "-m", "moeweave.launch.train", "--cfg", "experiment=quickstart"], cwd=tmp_path, timeout=350
     )
     assert done.code == 0, done.err
     assert "num_experts: 8" in done.out
