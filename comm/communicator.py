@@ -9,7 +9,6 @@ Legend: N rows here, W ranks of the group.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,7 +39,7 @@ class Communicator:
     @staticmethod
     def named(name: str) -> Communicator:
         """The communicator of the group called `name`; "" is this rank alone."""
-        return _ALONE if name == "" else _resolve(name, id(_group_called(name)))
+        return _ALONE if name == "" else Communicator(_group_called(name))
 
     def all_to_all(
         self, rows: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], async_op: bool = False
@@ -88,9 +87,3 @@ class Communicator:
 
 
 _ALONE = Communicator(None)
-
-
-@functools.lru_cache(maxsize=64)
-def _resolve(name: str, group_id: int) -> Communicator:
-    # The id keeps a group that was destroyed and made anew under the same name from being answered by the old one.
-    return Communicator(_group_called(name))

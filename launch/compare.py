@@ -4,8 +4,8 @@
     ep1   1 rank: the wrapped model against the same model unwrapped
 
 All methods start from the same weights and see the same batches; each round times one training step of each (forward,
-backward, AdamW), in an order drawn anew. A second copy of moeweave runs along: its ratio to the first (A/A) is what noise
-alone gives. Before anything is timed, every method's loss is checked against the unwrapped model's.
+backward, AdamW), in an order drawn anew. A second copy of moeweave runs along: its ratio to the first (A/A) is what
+noise alone gives. Before anything is timed, every method's loss is checked against the unwrapped model's.
 
 A ratio is the geometric mean over rounds of moeweave's tokens/s over the other's, with a bootstrap 95 % interval.
 """
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load(TrainConfig, "train", [*overrides, f"batch_size={8 * RANKS[args.what]}"])
     with tempfile.TemporaryDirectory() as folder:
         seconds = start_ranks(
-            _measure, config, args.what, args.rounds, folder, num_ranks=RANKS[args.what], log_dir=Path(folder) / "logs"
+            _measure, config, args.what, args.rounds, folder, num_ranks=RANKS[args.what], log_dir=Path(folder, "logs")
         )
     result = summarise(seconds, config.batch_size * config.data.seq_length)
     result |= {"what": args.what, "rounds": args.rounds, "config": asdict(config), **_provenance()}
@@ -72,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moeweave.launch.compare",
-        description="Training speed on the quickstart model beside transformers' own EP, or beside the unwrapped model.",
+        description="Training speed on the quickstart model beside transformers' own EP, or the unwrapped model.",
         epilog="python -m moeweave.launch.compare ep --rounds 40 --out ep.json",
     )
-    parser.add_argument("what", choices=RANKS, help="ep: against transformers' EP, 2 ranks; ep1: against unwrapped, 1 rank")
-    parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds, at least 20 for an interval worth its name")
+    parser.add_argument("what", choices=RANKS, help="ep: against transformers' EP, 2 ranks; ep1: unwrapped, 1 rank")
+    parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds; at least 20")
     parser.add_argument("--out", help="write all figures here as JSON")
     return parser
 
@@ -89,9 +89,8 @@ def _measure(config: TrainConfig, what: str, rounds: int, folder: str) -> dict[s
     torch.distributed.init_process_group("gloo")
     mesh = mw.Mesh(dp=RANKS[what], ep=RANKS[what], device="cpu")
     build = model_builder(config.model, config.seed)
-    sampler = Sampler(
-        data.open_tokens(config.data), config.data.seq_length, config.batch_size, config.seed, mesh.rank, mesh.world, None
-    )
+    tokens = data.open_tokens(config.data)
+    sampler = Sampler(tokens, config.data.seq_length, config.batch_size, config.seed, mesh.rank, mesh.world, None)
     steps: dict[str, Callable[[Batch], float]] = {}
     for name, model in _methods(what, build, mesh, Path(folder)).items():
         model.train()

@@ -111,7 +111,7 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
             claimed.update(id(child) for child in module.modules())
             claimed.update(id(child) for child in block.experts.modules())
     for path, module in modules.items():
-        if id(module) not in claimed:
+        if not any(id(child) in claimed for child in module.modules()):
             _refuse_unclaimed(path, module)
     return blocks
 
@@ -234,8 +234,8 @@ def _refuse_unclaimed(path: str, module: nn.Module) -> None:
     looks_like_experts = (name.endswith("Experts") and not leaf.startswith("shared")) or (
         leaf == "experts" and isinstance(module, (nn.ModuleList, nn.ModuleDict))
     )
-    if looks_like_experts and sum(1 for _ in module.parameters()) and not hasattr(module, "base_layer"):
+    if looks_like_experts and any(True for _ in module.parameters()) and not hasattr(module, "base_layer"):
         raise UnsupportedModel(
-            f"{path} ({name}) looks like experts but is not called as experts(hidden, ids, weights), so its tokens "
-            "cannot be sent to other ranks. Register the block around it with moeweave.register_moe."
+            f"{path or 'the model'} ({name}) looks like experts but is not called as experts(hidden, ids, weights), so "
+            "its tokens cannot be sent to other ranks. Register the block around it with moeweave.register_moe."
         )

@@ -24,15 +24,15 @@ from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
 
 
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+def repeated_blocks(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]:
     """The units of sharding and recomputation: entries of the outermost ModuleLists that are no lists of experts.
 
     For a transformer these are its decoder layers; a model without such a list has none.
     """
     units: list[nn.Module] = []
-    inside: set[int] = set()
-    for path, module in model.named_modules():
-        if id(module) in inside or not isinstance(module, nn.ModuleList) or path.endswith("experts"):
+    inside = {id(module) for block in blocks for module in block.experts.modules()}
+    for module in model.modules():
+        if id(module) in inside or not isinstance(module, nn.ModuleList):
             continue
         units.extend(entry for entry in module if any(True for _ in entry.parameters()))
         inside.update(id(child) for child in module.modules())
@@ -52,7 +52,10 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
     copies = mesh.sizes.edp * mesh.sizes.dp_replicate
     if plan.data == "fsdp2" and copies > 1:
         for block in sharded:
-            _fully_shard_experts(block.experts, set(shared), mesh, plan)
+            # Experts of a block that was registered are called one by one, past the list that holds them.
+            units = [block.experts] if block.adapter is None else list(filter(None, expert_list(block)))
+            for unit in units:
+                _fully_shard_experts(unit, set(shared), mesh, plan)
     else:
         for param in own.values():
             _reduce_gradient(param, mesh.copies_group if copies > 1 else None, mesh.data_size)
@@ -66,7 +69,7 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
             replicate(model, ignored_modules=experts, process_group=mesh.data_group, find_unused_parameters=True)
         return
     options: dict[str, Any] = {"mesh": _dense_mesh(mesh), "mp_policy": _precision(plan), "ignored_params": apart}
-    for unit in repeated_blocks(model):
+    for unit in repeated_blocks(model, blocks):
         fully_shard(unit, **options)
     fully_shard(model, **options)
 
@@ -92,11 +95,11 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
         experts, mesh=expert_mesh, mp_policy=_precision(plan), shard_placement_fn=placement, ignored_params=ignored
     )
     assert isinstance(experts, FSDPModule)
-    experts.set_gradient_divide_factor(float(mesh.data_size))
-    if edp > 1:
-        # Another factor than the group's size goes through PREMUL_SUM, which gloo lacks and NCCL rounds to zero in bf16
-        # (pytorch/pytorch#190747). With one shard there is no reduce-scatter, and forcing the sum would divide twice.
-        experts.set_force_sum_reduction_for_comms(True)
+    # Summed, and divided once at the end: FSDP's own factor goes through PREMUL_SUM, which gloo lacks and NCCL rounds
+    # to zero in bf16 (pytorch/pytorch#190747), and with one shard it is applied twice to float16 and float64.
+    experts.set_gradient_divide_factor(1.0)
+    experts.set_force_sum_reduction_for_comms(True)
+    experts.set_all_reduce_hook(lambda grads: grads.div_(mesh.data_size))
 
 
 def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, data_size: int) -> None:
@@ -105,7 +108,8 @@ def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, data_
     def hook(grad: Tensor) -> Tensor:
         if group is None:
             return grad / data_size
-        local = (grad.to_local() if isinstance(grad, DTensor) else grad).contiguous()
+        # A clone: autograd may hand the same gradient to another parameter.
+        local = (grad.to_local() if isinstance(grad, DTensor) else grad).clone(memory_format=torch.contiguous_format)
         dist.all_reduce(local, group=group)
         local /= data_size
         if isinstance(grad, DTensor):

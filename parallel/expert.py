@@ -13,6 +13,7 @@ Legend: T tokens here, K routes a token, D width, R rows here, E experts, e expe
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def _drop_remote(block: MoEBlock, ep_rank: int, ep_size: int) -> None:
     for index in range(len(experts)):
         if index // per_rank != ep_rank:
             # A hole keeps the indices, and so the names, of the experts that stay.
-            experts._modules[str(index)] = None
+            experts.register_module(str(index), None)
 
 
 def expert_list(block: MoEBlock) -> nn.ModuleList:
@@ -91,6 +92,7 @@ class ExpertCall:
         self.num_local = block.num_experts // mesh.sizes.ep
         self.first_local = mesh.expert.get_local_rank("ep") * self.num_local
         self.own_forward = type(block.experts).forward
+        self.weights_first = _weights_first(self.own_forward)
         self.run_local = {"packed": self._packed, "stacked": self._stacked, "modulelist": self._listed}[block.kind]
         self.deltas: dict[str, Delta] = {}
         self.masked = False
@@ -110,7 +112,9 @@ class ExpertCall:
         dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
         y_TD = self.dispatcher.combine(rows_RD, weights_TK, dispatched)
-        return y_TD.to(hidden.dtype).view(hidden.shape)
+        y_TD = y_TD.to(hidden.dtype)
+        # No view where none is needed: FSDP loses its hook on one that the caller then adds to in place.
+        return y_TD if hidden.dim() == 2 else y_TD.view(hidden.shape)
 
     def _routes(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights in the dispatcher's convention (-1 is not routed), counted, capacity applied."""
@@ -161,13 +165,15 @@ class ExpertCall:
             # Most forwards cannot run on no row: one dummy keeps the graph whole, and none of its output is used.
             rows = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
             return self._stacked(rows, torch.ones_like(offsets_e))[:0] + rows_RD
-        expert_R1 = torch.searchsorted(offsets_e, torch.arange(rows_RD.shape[0], device=offsets_e.device), right=True)
-        local = {name: self._local(name) for name in self.block.params}
+        expert_R = torch.searchsorted(offsets_e, torch.arange(rows_RD.shape[0], device=offsets_e.device), right=True)
+        local: dict[str, Any] = {name: self._local(name) for name in self.block.params}
         if "num_experts" in vars(self.block.experts):
             local["num_experts"] = self.num_local
         with _shadowed(self.block.experts, local):
-            ones = torch.ones(rows_RD.shape[0], 1, dtype=rows_RD.dtype, device=rows_RD.device)
-            return self.own_forward(self.block.experts, rows_RD, expert_R1.unsqueeze(1), ones)
+            ids_R1 = expert_R.unsqueeze(1)
+            ones_R1 = torch.ones(ids_R1.shape, dtype=rows_RD.dtype, device=rows_RD.device)
+            routes = (ones_R1, ids_R1) if self.weights_first else (ids_R1, ones_R1)
+            return self.own_forward(self.block.experts, rows_RD, *routes)
 
     def _listed(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
         experts = expert_list(self.block)
@@ -186,6 +192,12 @@ def _seam_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     tensors += [value for name, value in kwargs.items() if name not in names]
     hidden, second, third = tensors[:3]
     return (hidden, third, second) if second.is_floating_point() else (hidden, second, third)
+
+
+def _weights_first(forward: Callable[..., Any]) -> bool:
+    """True for an experts' forward that takes the weights before the ids, by the names of its arguments."""
+    second = "".join(list(inspect.signature(forward).parameters)[2:3])
+    return any(part in second for part in ("weight", "score", "prob"))
 
 
 @contextmanager

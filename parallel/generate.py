@@ -35,10 +35,10 @@ def install_lockstep(model: nn.Module, record: Record) -> None:
         _serve_until_all_done(model, record)
         return generated
 
-    model.generate = generate
+    vars(model)["generate"] = generate
 
 
-def _any_active(active: bool, record: Record) -> None | bool:
+def _any_active(active: bool, record: Record) -> bool | None:
     """True while some rank still generates. As a forward hook its return value must be None: nothing changes then."""
     votes = torch.tensor(float(active), device=record.mesh.device)
     dist.all_reduce(votes)

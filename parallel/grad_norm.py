@@ -23,10 +23,11 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         max_norm: positive. norm_type: p of the norm, or inf.
 
     Returns:
-        The norm before scaling, float32 scalar, equal on every rank.
+        The norm before scaling, float32 scalar (float64 of float64 gradients), equal on every rank.
     """
     record = record_of(model)
-    grads = [(param.grad, _is_rank_local(name, record)) for name, param in model.named_parameters() if param.grad is not None]
+    named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
+    grads = [(grad, _is_rank_local(name, record)) for name, grad in named]
     norm = _global_norm(grads, norm_type, record)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for grad, _ in grads:
@@ -56,7 +57,8 @@ def _global_norm(grads: list[tuple[Tensor, bool]], p: float, record: Record) -> 
         key = tuple(sorted(sharding))
         groups[key] = list(sharding.values())
         local = grad.to_local() if isinstance(grad, DTensor) else grad
-        value = torch.linalg.vector_norm(local, p, dtype=torch.float32).to(device) if local.numel() else _zero(device)
+        wide = torch.promote_types(local.dtype, torch.float32)
+        value = torch.linalg.vector_norm(local, p, dtype=wide).to(device) if local.numel() else _zero(device)
         term = value if infinite else value**p
         before = totals.get(key, _zero(device))
         totals[key] = torch.maximum(before, term) if infinite else before + term

@@ -211,7 +211,9 @@ def global_aux_loss(logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor 
         logits: router logits [T, E] of each layer. mask: attention mask [B, S] with B * S = T, or None.
         aux_local: what the model computed from this rank's tokens; checked against the formula at the first call.
     """
-    counts_E, probs_E, rows = 0.0, 0.0, 0.0
+    num_experts = logits[0].shape[-1]
+    counts_E = logits[0].new_zeros(num_experts, dtype=torch.float32)
+    probs_E, rows = counts_E, counts_E.new_zeros(())
     flat = None if mask is None or mask.dim() != 2 else mask.reshape(-1).to(torch.float32)
     for layer_TE in logits:
         probs_TE = torch.softmax(layer_TE, dim=-1)
@@ -224,9 +226,6 @@ def global_aux_loss(logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor 
             chosen_TE, probs_TE = chosen_TE * kept.unsqueeze(1), probs_TE * kept.unsqueeze(1)
         counts_E, probs_E = counts_E + chosen_TE.sum(0), probs_E + probs_TE.sum(0)
         rows = rows + (layer_TE.shape[0] if kept is None else kept.sum())
-    num_experts = logits[0].shape[-1]
-    assert isinstance(counts_E, Tensor) and isinstance(probs_E, Tensor)
-    rows = torch.as_tensor(rows, dtype=torch.float32, device=probs_E.device)
     if not record.aux_checked:
         _check_formula(num_experts * (counts_E * probs_E).sum() / rows**2, aux_local)
         record.aux_checked = True

@@ -48,8 +48,8 @@ class MeshSizes:
         if regrouped % (self.ep * self.etp):
             legal = [str(n) for n in range(1, regrouped + 1) if regrouped % (n * self.etp) == 0]
             raise ValueError(
-                f"ep * etp ({self.ep} * {self.etp}) must divide dp * sp * tp ({regrouped}), the ranks that share out the "
-                f"experts. With etp={self.etp}, ep can be {', '.join(legal) or 'nothing: lower etp'}."
+                f"ep * etp ({self.ep} * {self.etp}) must divide dp * sp * tp ({regrouped}), the ranks that share out "
+                f"the experts. With etp={self.etp}, ep can be {', '.join(legal) or 'nothing: lower etp'}."
             )
 
     @property
@@ -73,9 +73,7 @@ class MeshSizes:
         """Raise ValueError unless `world` ranks are exactly what the sizes ask for."""
         if world != self.world:
             others = self.world // self.dp
-            remedy = (
-                f"Set dp={world // others}" if world % others == 0 else f"Start a multiple of {others} ranks"
-            )
+            remedy = f"Set dp={world // others}" if world % others == 0 else f"Start a multiple of {others} ranks"
             raise ValueError(
                 f"dp_replicate * dp * sp * tp * pp ({self.world}) must equal the number of ranks ({world}). "
                 f"{remedy}, or start {self.world} ranks."
@@ -194,4 +192,3 @@ def _start(kind: str) -> None:
 
 def _own_device(kind: str) -> torch.device:
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
-

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
@@ -16,8 +17,8 @@ from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_delta
 from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.plan import Plan
-from moeweave.parallel.record import Record
 from moeweave.parallel.recompute import apply_recompute
+from moeweave.parallel.record import Record
 
 logger = logging.getLogger("moeweave")
 
@@ -27,13 +28,14 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
 
     Numbered as they happen:
         1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
-        2. keep this rank's experts (DTensors over `ep`) and put dispatch, experts, combine in place of the experts' call
+        2. keep this rank's experts (DTensors over `ep`); dispatch, experts, combine take the place of the experts' call
         3. checkpoint activations if the plan says so
         4. shard or replicate the rest over the data ranks
         5. make `model(**batch).loss` the rank's share of the global loss
 
-    Parameter names stay; router, block, shared experts and classes stay. Parameters on the meta device stay there, to be
-    filled by `mw.load`; others move to the mesh's device. All ranks must pass the same weights: they are not broadcast.
+    Parameter names stay; router, block, shared experts and classes stay. Parameters on the meta device stay there, to
+    be filled by `mw.load`; others move to the mesh's device. All ranks must pass the same weights: they are not
+    broadcast.
 
     Args:
         model: a Hugging Face model (transformers >= 5.0) or any nn.Module whose experts follow the call
@@ -45,12 +47,11 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         `model` itself.
 
     Raises:
-        ValueError: the model is wrapped already, cannot be wrapped, or does not fit the mesh. Raised on every rank, before
-            any communication.
+        ValueError: the model is wrapped already, cannot be wrapped, or does not fit the mesh. Raised on every rank,
+            before any communication.
     """
     plan = plan or Plan()
-    if "_moeweave" in vars(model):
-        raise ValueError(f"{type(model).__name__} is wrapped already. Build it anew to wrap it for another mesh.")
+    _refuse_wrapped(model)
     check_axes(mesh.sizes)
     blocks = find_moe_blocks(model)
     if mesh.sizes.ep > 1 and not blocks:
@@ -66,7 +67,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
     core = base_model(model)
     if plan.recompute:
-        apply_recompute(core, repeated_blocks(core))
+        homes = [model.get_submodule(block.block_path) for block in blocks]
+        apply_recompute(core, repeated_blocks(core, blocks) or homes)
     apply_data_parallel(core, blocks, mesh, plan)
     install_loss_hooks(core, record)
     install_lockstep(core, record)
@@ -77,11 +79,22 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     return model
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        parts = vars(module)
+        if "_moeweave" in parts or isinstance(module, FSDPModule) or isinstance(parts.get("forward"), ExpertCall):
+            raise ValueError(
+                f"{path or 'the model'} ({type(module).__name__}) is wrapped already. Build the model anew, and wrap "
+                "it once and as a whole."
+            )
+
+
 def check_axes(sizes: MeshSizes) -> None:
     """Raise ValueError for an axis that `parallelize` does not spread models over."""
     for axis in ("tp", "pp", "sp", "etp"):
-        if getattr(sizes, axis) > 1:
-            raise ValueError(f"{axis} ({getattr(sizes, axis)}) must be 1: parallelize composes dp, dp_replicate and ep.")
+        size = getattr(sizes, axis)
+        if size > 1:
+            raise ValueError(f"{axis} ({size}) must be 1: parallelize composes dp, dp_replicate and ep.")
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:
@@ -92,19 +105,16 @@ def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> Ex
 
 
 def _config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def top_k_of(model: nn.Module) -> int:
     """Routes a token, as model or config say it; decides `auto` dispatch and the balance loss."""
-    if isinstance(getattr(model, "num_experts_per_tok", None), int):
-        return int(model.num_experts_per_tok)  # type: ignore[arg-type]
-    for name in ("num_experts_per_tok", "moe_topk", "top_k", "num_experts_per_token"):
-        value = getattr(_config(model), name, None)
-        if isinstance(value, int):
-            return value
-    return next((m.top_k for m in model.modules() if isinstance(getattr(m, "top_k", None), int)), 1)
+    names = ("num_experts_per_tok", "moe_topk", "top_k", "num_experts_per_token")
+    found = [getattr(model, names[0], None), *(getattr(_config(model), name, None) for name in names)]
+    found += [getattr(module, "top_k", None) for module in model.modules()]
+    return next((value for value in found if isinstance(value, int)), 1)
 
 
 def _aux_coef(model: nn.Module) -> float:

@@ -1,8 +1,8 @@
 """Activation checkpointing that replays routing instead of computing it anew.
 
-A recomputed router may pick other experts than the first time (ties, kernels that are not deterministic): rows would then
-meet the wrong experts in backward. So the choices (the indices of every top-k) and the layouts made from them are kept
-from the forward pass, which also spares the exchange of counts; everything else is recomputed.
+A recomputed router may pick other experts than the first time (ties, kernels that are not deterministic): rows would
+then meet the wrong experts in backward. So the choices (the indices of every top-k) and the layouts made from them are
+kept from the forward pass, which also spares the exchange of counts; everything else is recomputed.
 
 torch's own selective checkpointing keeps whole outputs and refuses operators whose output is then changed in place, as
 transformers' routers do with the values of their top-k. Here the values are gathered anew with the kept indices.
@@ -67,13 +67,13 @@ class _Replay(TorchDispatchMode):
 
 
 def replay_routing() -> tuple[Any, Any]:
-    """`context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: keep routing, recompute the rest."""
+    """`context_fn` for torch.utils.checkpoint.checkpoint (use_reentrant=False): keep routing, recompute the rest."""
     kept: list[tuple[Tensor, ...]] = []
     return _Record(kept), _Replay(kept)
 
 
 def apply_recompute(model: nn.Module, units: list[nn.Module]) -> None:
-    """Checkpoint the activations of every unit: by the model's own switch where it has one, else around each forward."""
+    """Checkpoint the activations of each unit: by the model's own switch where it has one, else around its forward."""
     enable: Callable[..., None] | None = getattr(model, "gradient_checkpointing_enable", None)
     if enable is not None and getattr(model, "supports_gradient_checkpointing", False):
         enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": replay_routing})

@@ -71,9 +71,9 @@ def expert_load(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
 def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     """Balance experts without a loss: nudge every router's choice-only bias against the load of the last step.
 
-    DeepSeek-V3's rule (arXiv 2412.19437, 2.1.2): an expert above the mean load of the global batch loses `rate`, one below
-    gains it. Call it once after each optimizer step; micro-batches count together, evaluation and recomputation do not.
-    Collective: every rank calls it.
+    DeepSeek-V3's rule (arXiv 2412.19437, 2.1.2): an expert above the mean load of the global batch loses `rate`, one
+    below gains it. Call it once after each optimizer step; micro-batches count together, evaluation and recomputation
+    do not. Collective: every rank calls it.
 
     Args:
         model: from `parallelize`, with routers that hold an `e_score_correction_bias`.

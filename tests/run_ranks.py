@@ -63,6 +63,8 @@ SERVER_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
 }
 GRACE_SECONDS = 1.5  # how long the other ranks may take to report, once one has failed
+# A rank of a fresh pool has about a dozen threads, and each group some more.
+MAX_THREADS = 100
 
 
 class RankError(RuntimeError):
@@ -98,7 +100,7 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, 
     except BaseException:
         pool.kill()
         raise
-    if fresh:
+    if fresh or pool.has_leaked():
         pool.kill()
     else:
         _pools[n] = pool  # back only now: a case that starts ranks of its own meanwhile gets others
@@ -150,6 +152,11 @@ class _Pool:
             where = self._stacks(blocked)
             raise RankTimeout(f"ranks {sorted(blocked)} did not finish in {timeout:g} s", min(blocked), where)
         return [values[rank] for rank in range(len(self.pipes))]
+
+    def has_leaked(self) -> bool:
+        """True once the groups of past cases, kept alive somewhere, have left so many gloo threads that they slow all."""
+        tasks = Path("/proc", str(self.processes[0].pid), "task")
+        return tasks.is_dir() and sum(1 for _ in tasks.iterdir()) > MAX_THREADS
 
     def _collect(
         self, ranks: Iterable[int], deadline: float, stop_at_failure: bool = False

@@ -1,11 +1,11 @@
 """LoRA (peft) on wrapped models.
 
-peft wraps a 3-D expert parameter in a module that, at every call, swaps the parameter for its updated value. That cannot
-be done to a shard: instead the call goes straight to the experts, which add the update to this rank's slice.
+peft wraps a 3-D expert parameter in a module that, at every call, swaps the parameter for its updated value. That
+cannot be done to a shard: instead the call goes straight to the experts, which add the update to this rank's slice.
 
-The two low-rank factors stay whole on every rank (or sharded over the data ranks like any dense parameter): a rank uses
-only the part of its own experts, so its gradient is a part too, and the sum over data ranks that data parallelism takes
-anyway is the whole one.
+The two low-rank factors stay whole on every rank (or sharded over the data ranks like any dense parameter): a rank
+uses only the part of its own experts, so its gradient is a part too, and the sum over data ranks that data parallelism
+takes anyway is the whole one.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-import torch
-from hf_zoo import CORE, ZOO, make_batch
+import torch  # noqa: E402
 
-import moeweave as mw
+import moeweave as mw  # noqa: E402
+from hf_zoo import CORE, ZOO, make_batch  # noqa: E402
 
 PLANS = [{}, {"data": "ddp"}, {"dispatcher": "allgather", "combine": "prereduced"}, {"recompute": True}]
 

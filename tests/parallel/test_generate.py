@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hf_zoo import ZOO
-from run_ranks import run_ranks
 
 import moeweave as mw
+from hf_zoo import ZOO
+from run_ranks import run_ranks
 
 
 def prompt(rank: int) -> torch.Tensor:

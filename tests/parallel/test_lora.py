@@ -4,10 +4,10 @@ import functools
 
 import pytest
 import torch
-from hf_zoo import ZOO, make_batch
-from run_ranks import run_ranks
 
 import moeweave as mw
+from hf_zoo import ZOO, make_batch
+from run_ranks import run_ranks
 
 TARGETS = {
     "mixtral": (["q_proj", "v_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),

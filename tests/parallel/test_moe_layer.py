@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from run_ranks import run_ranks
 from torch import nn
 
 import moeweave as mw
 from moeweave.moe.router import Router
+from run_ranks import run_ranks
 
 
 class Net(nn.Module):
@@ -15,9 +15,12 @@ class Net(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, 24)
-        router = Router(24, 8, 3, kind="sigmoid", num_groups=4, top_groups=2, scale=1.5) if kind == "sigmoid" else "softmax"
+        router: Router | str = "softmax"
+        if kind == "sigmoid":
+            router = Router(24, 8, 3, kind="sigmoid", num_groups=4, top_groups=2, scale=1.5)
         options = dict(shared_hidden_dim=16, shared_gate=True, aux_coef=0.1, z_coef=0.01)
-        self.layers = nn.ModuleList([mw.MoELayer(24, 20, 8, 3, router=router, **options), mw.MoELayer(24, 20, 8, 3, z_coef=0.02)])
+        first, second = mw.MoELayer(24, 20, 8, 3, router=router, **options), mw.MoELayer(24, 20, 8, 3, z_coef=0.02)
+        self.layers = nn.ModuleList([first, second])
         self.head = nn.Linear(24, 50)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
