@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_zoo import ZOO, tiny_config
+import plain_models
+from hf_zoo import CORE, ZOO, tiny_config
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEAdapter, MoEBlock, UnsupportedModel, find_moe_blocks, register_moe
 from plain_models import DIM, HIDDEN, NUM_EXPERTS, ListedExperts, OwnRoutingBlock, build, mlp
@@ -64,7 +65,7 @@ def test_finds_the_blocks_of_hugging_face_models(name: str) -> None:
         assert block.correction_bias is None
 
 
-@pytest.mark.parametrize("name", list(ZOO))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in ZOO])
 def test_claims_every_expert_parameter_of_the_zoo(name: str) -> None:
     model = ZOO[name]()
     blocks = find_moe_blocks(model)
@@ -233,6 +234,15 @@ class NestedExperts(nn.Module):
 def test_refuses_plain_experts_that_it_would_get_wrong(model: nn.Module, text: str) -> None:
     with pytest.raises(UnsupportedModel, match=text):
         find_moe_blocks(model)
+
+
+class MixtureOfExperts(plain_models.Block):
+    """A block, not experts, in spite of its name."""
+
+
+def test_a_block_may_be_called_experts() -> None:
+    (block,) = find_moe_blocks(nn.Sequential(MixtureOfExperts(plain_models.StackedExperts)))
+    assert (block.path, block.block_path) == ("0.experts", "0")
 
 
 def test_register_moe_takes_a_class_and_an_adapter() -> None:
