@@ -117,6 +117,7 @@ TINY_TOWER: dict[str, Any] = dict(
     d_model=16,
     downsample_hidden_size=8,
     output_dim=32,
+    projection_intermediate_size=16,
 )
 
 
@@ -154,6 +155,15 @@ DENSE_FIRST = dict(num_hidden_layers=3, first_k_dense_replace=1)
 DENSE_LAYER = dict(num_hidden_layers=3, num_dense_layers=1)
 DSS = layers(mlp=("dense", "sparse", "sparse"))
 MLA = dict(num_key_value_heads=4)  # latent attention has no grouped keys
+SWA_MLA = dict(
+    swa_num_attention_heads=4,
+    swa_num_key_value_heads=4,
+    swa_q_lora_rank=16,
+    swa_kv_lora_rank=16,
+    swa_head_dim=16,
+    swa_qk_nope_head_dim=8,
+    swa_v_head_dim=8,
+)
 SWA_HEADS = dict(swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, rel_extent=16, d_rel=4)
 MROPE = dict(
     rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0, mrope_section=[1, 1, 2])
@@ -162,7 +172,7 @@ LINEAR_FULL = layers("linear_attention", "full_attention")
 MAMBA = dict(mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8)
 
 # Taken by a config through its **kwargs, so that its signature does not show them.
-FROM_KWARGS = ("hybrid_override_pattern", "full_attention_interval")
+FROM_KWARGS = ("hybrid_override_pattern", "full_attention_interval", "global_head_dim", *SWA_MLA)
 # The first transformers (of 5.0, 5.9, 5.17, 5.20, 5.23) in which the model's own balance loss does not raise.
 AUX_LOSS_SINCE = {
     "flex_olmo": (5, 9),
@@ -200,7 +210,7 @@ SPECS: dict[str, Spec] = {
         "DiffusionGemmaForBlockDiffusion", canvas_length=8, vision_config=dict(TINY_TOWER, model_type="gemma4_vision")
     ),
     "dots1": of("Dots1ForCausalLM", DENSE_FIRST, n_shared_experts=1),
-    "dots3_note": of("Dots3NoteForCausalLM", DSS, MLA, config="Dots3NoteTextConfig"),
+    "dots3_note": of("Dots3NoteForCausalLM", DSS, MLA, SWA_MLA, config="Dots3NoteTextConfig"),
     "ernie4_5_moe": of("Ernie4_5_MoeForCausalLM", num_hidden_layers=3),
     "ernie4_5_vl_moe": of("Ernie4_5_VLMoeForConditionalGeneration", DSS, MROPE, moe_intermediate_size=[24, 16]),
     "exaone_moe": of("ExaoneMoeForCausalLM", DSS),
@@ -212,6 +222,7 @@ SPECS: dict[str, Spec] = {
         enable_moe_block=True,
         vocab_size_per_layer_input=VOCAB,
         hidden_size_per_layer_input=8,
+        global_head_dim=8,
         initializer_range=0.3,
     ),
     "glm4_moe": of("Glm4MoeForCausalLM", DENSE_FIRST),
@@ -253,7 +264,14 @@ SPECS: dict[str, Spec] = {
         vision_config=dict(TINY_TOWER, hidden_size=16, intermediate_size=16),
     ),
     "mixtral": of("MixtralForCausalLM"),
-    "muse_spark": of("MuseSparkForConditionalGeneration", DSS, moe_hidden_size=16, output_multiplier=1.0),
+    "muse_spark": of(
+        "MuseSparkForConditionalGeneration",
+        DSS,
+        moe_hidden_size=16,
+        output_multiplier=1.0,
+        out_hidden_size=32,
+        projector_hidden_size=16,
+    ),
     "nemotron_h": of(
         "NemotronHForCausalLM",
         MAMBA,
@@ -277,6 +295,7 @@ SPECS: dict[str, Spec] = {
         "Qwen4ExpForCausalLM",
         config="Qwen4ExpTextConfig",
         full_attention_interval=2,
+        hc_lowrank=8,
         indexer_n_heads=2,
         indexer_kv_heads=1,
         indexer_head_dim=8,
@@ -284,7 +303,7 @@ SPECS: dict[str, Spec] = {
         indexer_compress_ratio=2,
     ),
     "solar_open": of("SolarOpenForCausalLM"),
-    "step3p7": of("Step3p7ForConditionalGeneration", DSS),
+    "step3p7": of("Step3p7ForConditionalGeneration", DSS, share_expert_dim=24),
     "unlimited_ocr": of("UnlimitedOcrForConditionalGeneration", DSS, MLA),
     "zaya": of("ZayaForCausalLM", num_experts_per_tok=1, router_hidden_size=32, initializer_range=0.5),
 }
