@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import zlib
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from moeweave.parallel.agreement import CheckpointError
+from moeweave.parallel.staging import sync
 
 logger = logging.getLogger("moeweave")
 MANIFEST, COMPLETE, INDEX = "moeweave.json", "complete", ".metadata"
@@ -56,11 +56,11 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def mark_complete(folder: Path) -> None:
     """The last act of a save."""
     marker = folder / COMPLETE
-    with marker.with_suffix(".part").open("w") as file:
-        file.write(checksum(folder / MANIFEST) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    marker.with_suffix(".part").rename(marker)
+    part = marker.with_suffix(".part")
+    part.write_text(checksum(folder / MANIFEST) + "\n")
+    sync(part)
+    part.rename(marker)
+    sync(folder)
 
 
 def open_checkpoint(path: Path) -> CheckpointFolder:

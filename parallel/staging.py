@@ -48,14 +48,14 @@ def stage(path: Path) -> Path:
 def publish(staged: Path, path: Path) -> None:
     """Give the staged folder its name, moving aside what has it. One rank calls this; `settle` follows."""
     for entry in staged.iterdir():
-        _sync(entry)
-    _sync(staged)
+        sync(entry)
+    sync(staged)
     aside = path.with_name(path.name + REPLACED)
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
     staged.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def settle(path: Path) -> None:
@@ -98,7 +98,7 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Until the file, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

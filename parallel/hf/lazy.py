@@ -3,7 +3,7 @@
 `LazyTensor`s go through code that rearranges weights (stack, cat, chunk, transpose, ...) in place of real tensors. What
 comes out knows, for any box of it, which boxes of which sources hold those numbers, so a rank reads or writes its own
 share and nothing else. An operation without a rule here still works: it is run on whole tensors when a box of its
-result is asked for, and logged once.
+result is asked for, and logged.
 
 Worked example: `torch.stack([a, b])[1]` of two lazy (4, 2) tensors, asked for the box ((0, 1), (0, 2)), reads one row
 of b and nothing of a.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moeweave.parallel.hf.boxes import Box, box_shape, box_slices, intersect, shift, whole
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("moeweave")
 
 
 # Answered from shape and dtype alone.

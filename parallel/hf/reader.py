@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeweave.parallel.agreement import CheckpointError, everyones, together
+from moeweave.parallel.agreement import CheckpointError, everyones, rank, together
 from moeweave.parallel.hf.boxes import local_pieces
 from moeweave.parallel.hf.conversion import (
     Reading,
@@ -113,5 +113,5 @@ def _warn_unexpected(model: nn.Module, folder: WeightsFolder, reading: Reading, 
     if twin is not None:
         passes = ignorable(twin, "unexpected")
         unused = {key for key in unused if not passes(key)}
-    if unused:
+    if unused and rank() == 0:
         logger.warning("%s: %d keys are not used: %s", folder.path, len(unused), listed(unused, names))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ def write_share(staged: Path, export: Export, layout: Layout) -> None:
         except Exception as raised:  # noqa: BLE001  (raised below, with the other ranks)
             error = raised
     agree(error)
-    assert not writing.todo, f"keys left over: {writing.todo[:3]}"
+    assert not writing.todo, f"keys left over: {list(writing.todo)[:3]}"
 
 
 class _Writing:
@@ -132,7 +132,7 @@ class _Writing:
 
     def __init__(self, staged: Path, export: Export, files: list[tuple[str, list[str]]]):
         self.staged, self.export = staged, export
-        self.todo = [(file, key) for file, keys in files for key in keys]
+        self.todo = deque((file, key) for file, keys in files for key in keys)
         self.left = {file: len(keys) for file, keys in files}
         self.users = Counter(name for _, key in self.todo for name in export.needs[key])
         self.full: dict[str, dict[str, Tensor]] = {}
@@ -143,7 +143,7 @@ class _Writing:
             return
         stock[name] = [(box, tensor.cpu()) for box, tensor in pieces]
         while self.todo and needs[self.todo[0][1]] <= stock.keys():
-            file, key = self.todo.pop(0)
+            file, key = self.todo.popleft()
             self.full.setdefault(file, {})[key] = self.export.disk[key].read()
             self.left[file] -= 1
             if self.left[file] == 0:

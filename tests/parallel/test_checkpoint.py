@@ -266,11 +266,19 @@ def save_once(folder: str, number: int, **options: Any) -> None:
 def die_while_saving(folder: str, number: int, where: str) -> None:
     """Rank 0 is killed when the save gets to `where`."""
 
-    def die(*args: Any, **kwargs: Any) -> None:
+    def die(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    real = Path.rename
+
+    def die_between_renames(path: Path, target: Path) -> Path:
+        return die() if "moeweave-saving" in path.name else real(path, target)
+
     if dist.get_rank() == 0:
-        setattr(under_test, where, die)
+        if where == "between renames":
+            Path.rename = die_between_renames  # type: ignore[method-assign, assignment]
+        else:
+            setattr(under_test, where, die)
     save_once(folder, number)
 
 
@@ -279,7 +287,9 @@ def step_of(folder: str) -> int:
     return load(latest(folder) or "none", model, optimizer).step
 
 
-@pytest.mark.parametrize("where", ["checksum", "write_manifest", "publish", "mark_complete", "settle"])
+@pytest.mark.parametrize(
+    "where", ["checksum", "write_manifest", "publish", "between renames", "mark_complete", "settle"]
+)
 @pytest.mark.parametrize("again", [False, True], ids=["next", "same"])
 def test_killed_save_hides_nothing(where: str, again: bool, tmp_path: Path) -> None:
     folder = str(tmp_path)
