@@ -48,7 +48,7 @@ def parity(name: str, ep: int) -> dict[str, Any]:
         "share_held": sorted({param.to_local().numel() / param.numel() for param in experts}),
         "aux_loss": record.aux_checked,
         "loss_error": report.loss_error,
-        "norm_error": abs(report.norm - report.reference_norm) / report.reference_norm,
+        "norm_error": report.norm_error,
         "worst": report.worst,
         "worst_name": report.worst_name,
         "gradients": len(report.errors),

@@ -81,3 +81,30 @@ def plain_parity(name: str) -> float:
 
 def test_the_proof_sees_a_balance_loss_per_rank() -> None:
     assert min(run_ranks(2, plain_parity, "mixtral")) > 100 * TOLERANCE
+
+
+class Wide(torch.nn.Module):
+    """One weight of ten million elements: float32 sums of so many squares are off by 1e-4 on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = torch.nn.Linear(5000, 2000, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).square().mean()
+
+
+def wide_batch(rank: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(4, 5000, generator=torch.Generator().manual_seed(rank))}
+
+
+def wide_parity() -> float:
+    import moeweave as mw
+    from moeweave.parallel.verify import gradient_parity
+
+    return gradient_parity(Wide, wide_batch, mw.Mesh(dp=2)).norm_error
+
+
+def test_norm_of_a_large_weight() -> None:
+    assert max(run_ranks(2, wide_parity)) <= 1e-6
