@@ -2,7 +2,7 @@
 VENV ?= .venv
 # Handed to pip as it is when $(VENV) has no torch: a version, a wheel file, or a version and pip's options.
 TORCH ?= torch==2.13.0
-# More words for the command: `make run ARGS="train.steps=20"`, `make test ARGS="tests/moe -x"`.
+# More words for the command: `make run ARGS="steps=20"`, `make test ARGS="tests/moe -x"`.
 ARGS ?=
 # How many tests run at the same time.
 JOBS ?= logical
