@@ -72,11 +72,13 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     record = record_of(model)
     parts = _split(batch, microbatches)
     extra: dict[str, Any] = {}
-    if microbatches > 1 and record.takes_num_items and "num_items_in_batch" not in batch:
+    summed = record.takes_num_items and batch.get("num_items_in_batch") is not None
+    if microbatches > 1 and record.takes_num_items and not summed:
         num_items = _num_items(batch, record)
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-    share = 1.0 if extra else 1.0 / microbatches
-    record.aux_share = 1.0 / microbatches if extra else 1.0
+        summed = num_items is not None
+    share = 1.0 if summed else 1.0 / microbatches
+    record.aux_share = 1.0 / microbatches if summed else 1.0
     for layer in record.layers:
         layer.aux_share = 1.0 / microbatches
     total: Tensor | None = None
