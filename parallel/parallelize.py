@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from moeweave.moe.layer import MoELayer
-from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
+from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks
 from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
 from moeweave.parallel.generate import install_lockstep
@@ -58,6 +58,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
     for block in blocks:
         mesh.sizes.check_experts(block.num_experts, block.path)
+    _refuse_split_ties(model, blocks, mesh, plan)
     if not any(param.is_meta for param in model.parameters()):
         model.to(mesh.device)
 
@@ -87,6 +88,24 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 f"{path or 'the model'} ({type(module).__name__}) is wrapped already. Build the model anew, and wrap "
                 "it once and as a whole."
             )
+
+
+def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
+    """One weight in two units that are sharded apart would become two, without a word."""
+    apart = [block.experts for block in blocks] if mesh.sizes.ep > 1 else []
+    if plan.data == "fsdp2" and mesh.data_size > 1:
+        apart = repeated_blocks(model, blocks) + apart
+    unit_of = {id(module): index for index, unit in enumerate(apart) for module in unit.modules()}
+    home: dict[int, tuple[str, int]] = {}
+    for path, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            here = (f"{path}.{name}", unit_of.get(id(module), -1))
+            first = home.setdefault(id(param), here)
+            if first[1] != here[1]:
+                raise UnsupportedModel(
+                    f"{first[0]} and {here[0]} are one weight in parts of {type(model).__name__} that are sharded "
+                    "apart; they would drift. Use Plan(data='ddp') with ep=1, or untie them."
+                )
 
 
 def check_axes(sizes: MeshSizes) -> None:
