@@ -16,11 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# A few ports and threads must not come from the environment of whoever runs the tests.
+MARK = "MOEWEAVE_TEST_RUN"
+# Must not come from the environment of whoever runs the tests.
 CLEAN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MOEWEAVE_TRACEBACK")
 
 
@@ -80,29 +83,26 @@ def run(program: str, *arguments: str, cwd: Path, timeout: float = 150, **enviro
 
 
 def fresh(command: list[str], cwd: Path, timeout: float = 200, **environment: str) -> Done:
-    """Runs `command` with an interpreter of its own, from the checkout."""
-    started = time.monotonic()
+    """Runs `command` with an interpreter of its own, from the checkout; raises TimeoutError after `timeout` seconds.
+
+    torchrun gives each rank a session of its own, so what belongs to the run is known by a mark in its environment.
+    """
+    started, mark = time.monotonic(), uuid.uuid4().hex
     variables = {name: value for name, value in os.environ.items() if name not in CLEAN}
-    variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=variables,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise TimeoutError(f"{command} did not end in {timeout} s\n{out}\n{err}") from None
-    left = _group(process.pid)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    return Done(process.returncode, out, err, time.monotonic() - started, tuple(left))
+    variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: mark, **environment}
+    with (cwd / "out.txt").open("w+") as out, (cwd / "err.txt").open("w+") as err:
+        process = subprocess.Popen(command, cwd=cwd, env=variables, stdout=out, stderr=err, start_new_session=True)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{command} did not end in {timeout} s\n{(cwd / 'err.txt').read_text()}") from None
+        finally:
+            left = _soon_gone(lambda pid: _is_marked(pid, mark)) if process.poll() is not None else _marked(mark)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+    texts = ((cwd / name).read_text() for name in ("out.txt", "err.txt"))
+    return Done(code, *texts, time.monotonic() - started, tuple(left))
 
 
 # ---- the nursery
@@ -157,12 +157,31 @@ def _nursery() -> _Nursery:
 
 def _group(leader: int) -> list[int]:
     """Live processes of the group that `leader` led, after a moment for the last ones to go."""
+    return _soon_gone(lambda pid: _in_group(pid, leader))
+
+
+def _soon_gone(belongs: Callable[[int], bool]) -> list[int]:
     for _ in range(20):
-        alive = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _in_group(pid, leader)]
+        alive = [pid for pid in _pids() if belongs(pid)]
         if not alive:
             return []
         time.sleep(0.05)
     return alive
+
+
+def _marked(mark: str) -> list[int]:
+    return [pid for pid in _pids() if _is_marked(pid, mark)]
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _is_marked(pid: int, mark: str) -> bool:
+    try:
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
 
 
 def _in_group(pid: int, leader: int) -> bool:
