@@ -91,6 +91,9 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
         even = [dim for dim, size in enumerate(local_shape) if size % edp == 0]
         return Shard(even[0]) if even else None
 
+    def divide(grads: Tensor) -> None:
+        grads /= mesh.data_size
+
     fully_shard(
         experts, mesh=expert_mesh, mp_policy=_precision(plan), shard_placement_fn=placement, ignored_params=ignored
     )
@@ -99,7 +102,7 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
     # to zero in bf16 (pytorch/pytorch#190747), and with one shard it is applied twice to float16 and float64.
     experts.set_gradient_divide_factor(1.0)
     experts.set_force_sum_reduction_for_comms(True)
-    experts.set_all_reduce_hook(lambda grads: grads.div_(mesh.data_size))
+    experts.set_all_reduce_hook(divide)
 
 
 def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, data_size: int) -> None:
