@@ -25,6 +25,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     Returns:
         The norm before scaling, float32 scalar (float64 of float64 gradients), equal on every rank.
     """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm ({max_norm}) must be positive. Use float('inf') to measure without clipping.")
     record = record_of(model)
     named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
     grads = [(grad, _is_rank_local(name, record)) for name, grad in named]

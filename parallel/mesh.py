@@ -12,7 +12,6 @@ the same experts, as do (1, 3), so edp is 2.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -106,6 +105,8 @@ class Mesh:
         dense, expert: the two `DeviceMesh` views.
         device: `torch.device` of this rank.
         rank, world: of torch.distributed.
+        data_group: all data ranks that share this rank's other coordinates (dp_replicate x dp).
+        copies_group: all ranks that hold the same experts as this one (dp_replicate x edp).
         data_rank, data_size: which part of the data this rank feeds, of how many. Ranks that share a batch (tp, sp, pp)
             have the same data_rank and are fed the same whole batch.
 
@@ -131,6 +132,8 @@ class Mesh:
         kind = device or _default_device()
         if kind not in _BACKENDS:
             raise ValueError(f"device ({device!r}) must be one of {', '.join(_BACKENDS)}.")
+        if kind != "cpu":
+            _take_own_device()
         if not dist.is_initialized():
             _start(kind)
         self.sizes.check_world(dist.get_world_size())
@@ -138,6 +141,10 @@ class Mesh:
         self.device = _own_device(kind)
         self.dense: DeviceMesh = init_device_mesh(kind, self.sizes.dense, mesh_dim_names=DENSE_AXES)
         self.expert: DeviceMesh = init_device_mesh(kind, self.sizes.expert, mesh_dim_names=EXPERT_AXES)
+        # Made now, by all ranks together: making a group is a collective.
+        self.data_group: dist.ProcessGroup = self.dense["dp_replicate", "dp_shard"]._flatten("data").get_group()
+        copies = self.expert["dp_replicate", "edp"]._flatten("expert_copies")
+        self.copies_group: dist.ProcessGroup = copies.get_group()
 
     @property
     def data_size(self) -> int:
@@ -148,16 +155,6 @@ class Mesh:
         coordinate = self.dense.get_coordinate()
         assert coordinate is not None
         return coordinate[1] * self.sizes.dp + coordinate[2]
-
-    @functools.cached_property
-    def data_group(self) -> dist.ProcessGroup:
-        """All data ranks that share this rank's other coordinates (dp_replicate x dp)."""
-        return self.dense["dp_replicate", "dp_shard"]._flatten("data").get_group()
-
-    @functools.cached_property
-    def copies_group(self) -> dist.ProcessGroup:
-        """All ranks that hold the same experts as this one (dp_replicate x edp)."""
-        return self.expert["dp_replicate", "edp"]._flatten("expert_copies").get_group()
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group of one axis of either view, e.g. `mesh.group("ep")`."""
@@ -179,8 +176,6 @@ def _default_device() -> str:
 
 def _start(kind: str) -> None:
     """Join the ranks that a launcher described in the environment, or be the only rank."""
-    if kind != "cpu":
-        torch.accelerator.set_device_index(dist.get_node_local_rank(fallback_rank=0))
     try:
         dist.init_process_group(_BACKENDS[kind])
     except ValueError as error:
@@ -188,6 +183,13 @@ def _start(kind: str) -> None:
         if "RANK expected" not in str(error):
             raise
         dist.init_process_group(_BACKENDS[kind], store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _take_own_device() -> None:
+    """Under a launcher each rank takes the device of its local rank, unless it has been given one already."""
+    local = dist.get_node_local_rank(fallback_rank=0)
+    if torch.accelerator.current_device_index() == 0 and local < torch.accelerator.device_count():
+        torch.accelerator.set_device_index(local)
 
 
 def _own_device(kind: str) -> torch.device:

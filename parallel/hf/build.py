@@ -129,6 +129,8 @@ def tiny_fields(config_class: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of TINY which that config class, and its sub-configs, know. Lists per layer fall back to defaults."""
     known = _known_fields(config_class)
     tiny = {name: value for name, value in TINY.items() if name in known}
+    if "kv_lora_rank" in known and "num_key_value_heads" in known:
+        tiny["num_key_value_heads"] = TINY["num_attention_heads"]  # latent attention has a key head for each query head
     tiny |= {name: None for name in PER_LAYER if fields.get(name) is not None}
     for name, sub_class in _sub_configs(config_class):
         tiny[name] = tiny_fields(sub_class, fields.get(name) or {})

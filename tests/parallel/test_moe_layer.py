@@ -100,3 +100,20 @@ def test_bias_follows_the_load_of_the_global_training_step(microbatches):
     assert want.unique().numel() > 1
     for bias, _ in run_ranks(2, biases_after_a_step, microbatches):
         assert torch.equal(bias.double(), want)
+
+
+def loss_and_norm(microbatches: int) -> tuple[float, float]:
+    mesh = mw.Mesh(dp=2, ep=2, device="cpu")
+    model = mw.parallelize(build("softmax").train(), mesh)
+    for layer in model.layers:
+        layer.aux_coef = layer.z_coef = 0.0
+    part = batch(mesh.data_rank)
+    part["labels"][:2, : 3 + mesh.rank] = -100
+    loss = mw.forward_backward(model, part, microbatches=microbatches)
+    return float(loss), float(mw.clip_grad_norm_(model, float("inf")))
+
+
+def test_micro_batches_with_unequal_labels_are_the_whole_batch_on_plain_models_too():
+    whole = run_ranks(2, loss_and_norm, 1)
+    for microbatches in (2, 4):
+        assert run_ranks(2, loss_and_norm, microbatches) == [pytest.approx(values, rel=1e-5) for values in whole]
