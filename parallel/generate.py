@@ -22,6 +22,10 @@ def install_lockstep(model: nn.Module, record: Record) -> None:
     own = getattr(model, "generate", None)
     if own is None or record.mesh.world == 1:
         return
+    # generate reads the source file of the model's class; FSDP and DDP have put a class of their own on top.
+    wrapper, *bases = type(model).__mro__
+    if wrapper.__module__.startswith("torch."):
+        wrapper.__module__ = next(cls.__module__ for cls in bases if not cls.__module__.startswith("torch."))
 
     @functools.wraps(own)
     def generate(*args: Any, **kwargs: Any) -> Any:
