@@ -67,7 +67,7 @@ def layout(block: Any) -> str:
         "transposed": experts.is_transposed,
         "interleaved": not getattr(experts, "is_concatenated", True),
         "bias": experts.has_bias,
-        "own gate": experts.has_gate and type(experts)._apply_gate.__module__ == type(experts).__module__,
+        "own gate": experts.has_gate and type(experts)._apply_gate.__module__.startswith("transformers.models."),
         "post-norm": getattr(experts, "has_post_expert_norm", False),
     }
     return ", ".join(["grouped GEMM", *(word for word, holds in odd.items() if holds)])
