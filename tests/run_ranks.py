@@ -154,7 +154,7 @@ class _Pool:
         return [values[rank] for rank in range(len(self.pipes))]
 
     def has_leaked(self) -> bool:
-        """True once the groups of past cases, kept alive somewhere, have left so many gloo threads that they slow all."""
+        """True once groups of past cases, kept alive somewhere, have left so many gloo threads that they slow all."""
         tasks = Path("/proc", str(self.processes[0].pid), "task")
         return tasks.is_dir() and sum(1 for _ in tasks.iterdir()) > MAX_THREADS
 
