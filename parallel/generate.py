@@ -8,6 +8,8 @@ computes only what the others send it, until all ranks are done.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,10 +24,6 @@ def install_lockstep(model: nn.Module, record: Record) -> None:
     own = getattr(model, "generate", None)
     if own is None or record.mesh.world == 1:
         return
-    # generate reads the source file of the model's class; FSDP and DDP have put a class of their own on top.
-    wrapper, *bases = type(model).__mro__
-    if wrapper.__module__.startswith("torch."):
-        wrapper.__module__ = next(cls.__module__ for cls in bases if not cls.__module__.startswith("torch."))
 
     @functools.wraps(own)
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -33,13 +31,26 @@ def install_lockstep(model: nn.Module, record: Record) -> None:
         kwargs["synced_gpus"] = False
         voting = model.register_forward_pre_hook(lambda *_: _any_active(True, record), prepend=True)
         try:
-            generated = own(*args, **kwargs)
+            with _named_by_its_source(type(model)):
+                generated = own(*args, **kwargs)
         finally:
             voting.remove()
         _serve_until_all_done(model, record)
         return generated
 
     vars(model)["generate"] = generate
+
+
+@contextmanager
+def _named_by_its_source(wrapper: type[nn.Module]) -> Iterator[None]:
+    """generate reads the source file of the model's class; FSDP and DDP have put a class of their own on top."""
+    module = wrapper.__module__
+    if module.startswith("torch."):
+        wrapper.__module__ = next(cls.__module__ for cls in wrapper.__mro__ if not cls.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        wrapper.__module__ = module
 
 
 def _any_active(active: bool, record: Record) -> bool | None:
