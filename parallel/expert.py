@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moeweave.comm.dispatch import TokenDispatcher
@@ -167,8 +168,10 @@ class ExpertCall:
             return self._stacked(rows, torch.ones_like(offsets_e))[:0] + rows_RD
         expert_R = torch.searchsorted(offsets_e, torch.arange(rows_RD.shape[0], device=offsets_e.device), right=True)
         local: dict[str, Any] = {name: self._local(name) for name in self.block.params}
-        if "num_experts" in vars(self.block.experts):
-            local["num_experts"] = self.num_local
+        # What the module calls its number of experts (num_experts, n_routed_experts, ...) is this rank's meanwhile.
+        for name, value in vars(self.block.experts).items():
+            if type(value) is int and value == self.block.num_experts and "experts" in name and "_per_" not in name:
+                local[name] = self.num_local
         with _shadowed(self.block.experts, local):
             ids_R1 = expert_R.unsqueeze(1)
             ones_R1 = torch.ones(ids_R1.shape, dtype=rows_RD.dtype, device=rows_RD.device)
@@ -180,9 +183,17 @@ class ExpertCall:
         outputs, start = [], 0
         for local, end in enumerate(offsets_e.tolist()):
             # Experts without rows run too: their parameters get zero gradients, not none.
-            outputs.append(experts[self.first_local + local](rows_RD[start:end]))
+            outputs.append(self._one(experts[self.first_local + local], rows_RD[start:end]))
             start = end
         return torch.cat(outputs)
+
+    def _one(self, expert: nn.Module, rows_ND: Tensor) -> Tensor:
+        """One expert of a list, in the compute dtype; FSDP casts those that it shards."""
+        dtype = self.plan.torch_dtype
+        if dtype is None or isinstance(expert, FSDPModule) or isinstance(self.block.experts, FSDPModule):
+            return expert(rows_ND)
+        params = {name: param.to(dtype) for name, param in expert.named_parameters()}
+        return torch.func.functional_call(expert, params, (rows_ND.to(dtype),))
 
 
 def _seam_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -30,14 +30,14 @@ class StackedExperts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_experts = NUM_EXPERTS
+        self.n_routed_experts = NUM_EXPERTS
         self.up = nn.Parameter(0.3 * torch.randn(NUM_EXPERTS, DIM, HIDDEN))
         self.down = nn.Parameter(0.3 * torch.randn(NUM_EXPERTS, HIDDEN, DIM))
         self.down_bias = nn.Parameter(0.1 * torch.randn(NUM_EXPERTS, DIM))
 
     def forward(self, x_TD: Tensor, expert_weights: Tensor, expert_ids: Tensor) -> Tensor:
         out_TD = torch.zeros_like(x_TD)
-        for expert in range(self.num_experts):
+        for expert in range(self.n_routed_experts):
             token, k = torch.where(expert_ids == expert)
             rows = silu(x_TD[token] @ self.up[expert]) @ self.down[expert] + self.down_bias[expert]
             out_TD = out_TD.index_add(0, token, rows * expert_weights[token, k, None])
