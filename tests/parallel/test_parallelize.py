@@ -36,6 +36,9 @@ MESHES: list[dict[str, int]] = [
 ]
 
 
+QUICK = [(dict(dp=2, ep=2), "fsdp2"), (dict(dp=2, ep=2), "ddp"), (dict(dp=4, ep=2), "fsdp2")]
+
+
 def id_of(sizes: dict[str, int]) -> str:
     return "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
@@ -44,8 +47,17 @@ def ranks_of(sizes: dict[str, int]) -> int:
     return sizes.get("dp", 1) * sizes.get("dp_replicate", 1)
 
 
-@pytest.mark.parametrize("data", ENGINES)
-@pytest.mark.parametrize("sizes", MESHES, ids=id_of)
+def everywhere(*more: tuple[dict[str, int], str]) -> list[Any]:
+    """Every mesh and engine; the slow ones but for QUICK and `more`."""
+    return [
+        pytest.param(sizes, data, id=f"{id_of(sizes)}-{data}", marks=() if quick else pytest.mark.slow)
+        for sizes in MESHES
+        for data in ENGINES
+        for quick in [(sizes, data) in (*QUICK, *more)]
+    ]
+
+
+@pytest.mark.parametrize("sizes, data", everywhere((dict(dp_replicate=2, dp=2, ep=2), "fsdp2")))
 def test_sgd_steps_of_every_kind_of_experts(sizes: dict[str, int], data: str) -> None:
     cases = [Steps(kind, sizes, dict(data=data)) for kind in KINDS]
     for found in run_ranks(ranks_of(sizes), train_each, cases):
@@ -54,27 +66,31 @@ def test_sgd_steps_of_every_kind_of_experts(sizes: dict[str, int], data: str) ->
             assert max(each.norms) > steps.max_norm, "nothing was clipped"
 
 
-@pytest.mark.parametrize("data", ENGINES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_without_a_list_of_layers(kind: str, data: str) -> None:
-    for found in run_ranks(2, train, Steps(kind, dict(dp=2, ep=2), dict(data=data), options=dict(flat=True))):
-        check(found, EXACT)
+@pytest.mark.parametrize("data", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_models_without_a_list_of_layers(data: str) -> None:
+    cases = [Steps(kind, dict(dp=2, ep=2), dict(data=data), options=dict(flat=True), num_steps=2) for kind in KINDS]
+    for found in run_ranks(2, train_each, cases):
+        for each in found:
+            check(each, EXACT)
 
 
-@pytest.mark.parametrize("data", ENGINES)
-@pytest.mark.parametrize("sizes", MESHES, ids=id_of)
+@pytest.mark.parametrize("sizes, data", everywhere())
 def test_sgd_steps_of_a_hugging_face_model(sizes: dict[str, int], data: str) -> None:
     pytest.importorskip("transformers")
     for found in run_ranks(ranks_of(sizes), train, Steps("mixtral", sizes, dict(data=data))):
         check(found, FP32)
 
 
+def marked(quick: list[Steps], slow: list[Steps]) -> list[Any]:
+    quick_ones = [pytest.param(steps, id=steps.name) for steps in quick]
+    return quick_ones + [pytest.param(steps, id=steps.name, marks=pytest.mark.slow) for steps in slow]
+
+
 ODD = [
     Steps("stacked", dict(dp=2, ep=2), rows=(1, 4)),
     Steps("packed", dict(dp=2, ep=2), rows=(3, 1), ignored=(1,)),
     Steps("packed", dict(dp=2, ep=2), ignored=(0,)),
-    *(Steps(kind, dict(dp=2, ep=2), tweak="one_rank_has_all_experts_chosen") for kind in KINDS),
-    *(Steps(kind, dict(dp=2, ep=2), dict(data="ddp"), tweak="one_rank_has_all_experts_chosen") for kind in KINDS),
+    *(Steps(kind, dict(dp=2, ep=2), tweak="one_rank_has_all_experts_chosen", num_steps=2) for kind in KINDS),
     Steps("modulelist", dict(dp=2, ep=2), dict(dispatcher="alltoall")),
     Steps("packed", dict(dp=2, ep=2), dict(dispatcher="allgather")),
     Steps("packed", dict(dp=2, ep=2), dict(dispatcher="allgather", combine="prereduced")),
@@ -82,30 +98,30 @@ ODD = [
     Steps("stacked", dict(dp=2, ep=2), dict(recompute=True), options=dict(flat=True)),
     Steps("registered", dict(dp=2, ep=2), dict(data="ddp", recompute=True)),
 ]
-ODD_ON_FOUR = [
-    Steps("packed", dict(dp=4, ep=2), rows=(1, 4, 2, 3), ignored=(2,)),
+ODD_AND_SLOW = [
+    *(Steps(kind, dict(dp=2, ep=2), dict(data="ddp"), tweak="one_rank_has_all_experts_chosen") for kind in KINDS),
     Steps("modulelist", dict(dp=4, ep=4), tweak="one_rank_has_all_experts_chosen"),
     Steps("stacked", dict(dp=4, ep=2), tweak="one_rank_has_all_experts_chosen"),
+    Steps("packed", dict(dp=4, ep=2), rows=(1, 4, 2, 3), ignored=(2,)),
     Steps("registered", dict(dp_replicate=2, dp=2, ep=2), dict(recompute=True), rows=(2, 1)),
 ]
 
 
-@pytest.mark.parametrize("steps", [*ODD, *ODD_ON_FOUR], ids=lambda steps: steps.name)
+@pytest.mark.parametrize("steps", marked(ODD, ODD_AND_SLOW))
 def test_odd_batches_and_other_plans(steps: Steps) -> None:
     for found in run_ranks(steps.world, train, steps):
         check(found, EXACT)
 
 
-HF_ODD = [
-    Steps("mixtral", dict(dp=2, ep=2), rows=(1, 3)),
-    Steps("mixtral", dict(dp=2, ep=2), ignored=(1,)),
+HF_ODD = [Steps("mixtral", dict(dp=2, ep=2), rows=(1, 3), ignored=(1,), num_steps=2)]
+HF_ODD_AND_SLOW = [
     Steps("gpt_oss", dict(dp=4, ep=2), rows=(1, 2), ignored=(3,)),
     Steps("deepseek_v3", dict(dp_replicate=2, dp=2, ep=2), dict(data="ddp")),
     Steps("muse_spark", dict(dp=4, ep=2), num_steps=1),
 ]
 
 
-@pytest.mark.parametrize("steps", [s for s in HF_ODD if s.model in ZOO], ids=lambda steps: steps.name)
+@pytest.mark.parametrize("steps", [param for param in marked(HF_ODD, HF_ODD_AND_SLOW) if param.values[0].model in ZOO])
 def test_odd_batches_of_hugging_face_models(steps: Steps) -> None:
     for found in run_ranks(steps.world, train, steps):
         check(found, FP32)
