@@ -62,8 +62,15 @@ def norms(sizes: dict[str, int], data: str, kinds: list[str]) -> list[tuple[floa
     return found
 
 
-@pytest.mark.parametrize("data", ["fsdp2", "ddp"])
-@pytest.mark.parametrize("sizes", MESHES, ids=id_of)
+@pytest.mark.parametrize(
+    "sizes, data",
+    [
+        pytest.param(sizes, data, id=f"{id_of(sizes)}-{data}", marks=pytest.mark.slow if slow else ())
+        for sizes in MESHES
+        for data in ("fsdp2", "ddp")
+        for slow in [data == "ddp" and (not sizes or "dp_replicate" in sizes)]
+    ],
+)
 def test_the_norm_is_torchs_on_the_unwrapped_model(sizes: dict[str, int], data: str) -> None:
     ranks = sizes.get("dp", 1) * sizes.get("dp_replicate", 1)
     found = run_ranks(ranks, norms, sizes, data, ["packed", "modulelist"])
@@ -137,9 +144,16 @@ def adamw_steps(sizes: dict[str, int], data: str, fused: bool) -> list[float]:
     return [worst, len(groups) - len(meshes), listed - len(list(model.parameters())), len(groups)]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
-@pytest.mark.parametrize("data", ["fsdp2", "ddp"])
-@pytest.mark.parametrize("sizes", [dict(dp=2, ep=2), dict(dp=4, ep=2)], ids=id_of)
+@pytest.mark.parametrize(
+    "sizes, data, fused",
+    [
+        (dict(dp=2, ep=2), "fsdp2", False),
+        (dict(dp=2, ep=2), "ddp", True),
+        (dict(dp=4, ep=2), "fsdp2", True),
+        pytest.param(dict(dp=4, ep=2), "ddp", False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_foreach_and_fused_optimizers_take_the_groups(sizes: dict[str, int], data: str, fused: bool) -> None:
     for worst, more_groups, more_params, num_groups in run_ranks(sizes["dp"], adamw_steps, sizes, data, fused):
         assert worst <= 1e-11
