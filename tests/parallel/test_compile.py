@@ -21,7 +21,6 @@ from moeweave.parallel.record import expert_load
 from run_ranks import run_ranks
 from train_steps import whole
 
-
 # One layer is enough, and the second only takes as long again; deepseek_v3 and glm4_moe start with a dense one.
 SMALL = dict(num_hidden_layers=1, first_k_dense_replace=0)
 
