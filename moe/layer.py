@@ -135,7 +135,7 @@ class MoELayer(nn.Module):
             y_TD = y_TD + shared_TD
         if loss is not None and torch.is_grad_enabled():
             y_TD = _AddLoss.apply(y_TD, loss)
-        return y_TD.view(x.shape)
+        return unflatten(y_TD, x.shape)
 
     def stats(self) -> dict[str, Any]:
         """What to log of the training calls since `reset_stats`. Reads the device.
@@ -212,6 +212,14 @@ class _AddLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         dtype, device = ctx.like
         return grads[0], torch.ones((), dtype=dtype, device=device)
+
+
+def unflatten(y_TD: Tensor, shape: torch.Size) -> Tensor:
+    """[T, D] -> [..., D], not marked as a view: FSDP warns of one, and loses its hook if the caller adds in place."""
+    if y_TD.shape == shape:
+        return y_TD
+    unflattened: Tensor = torch.ops.aten._unsafe_view(y_TD, shape)
+    return unflattened
 
 
 @torch.library.custom_op("moeweave::accumulate", mutates_args=("total",))

@@ -28,7 +28,7 @@ from moeweave.comm.dispatch import TokenDispatcher
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.moe.balance import apply_capacity, load
 from moeweave.moe.experts import ExpertWeights, local_experts
-from moeweave.moe.layer import accumulate
+from moeweave.moe.layer import accumulate, unflatten
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
@@ -114,8 +114,7 @@ class ExpertCall:
         rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
         y_TD = self.dispatcher.combine(rows_RD, weights_TK, dispatched)
         y_TD = y_TD.to(hidden.dtype)
-        # No view where none is needed: FSDP loses its hook on one that the caller then adds to in place.
-        return y_TD if hidden.dim() == 2 else y_TD.view(hidden.shape)
+        return unflatten(y_TD, hidden.shape)
 
     def _routes(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights in the dispatcher's convention (-1 is not routed), counted, capacity applied."""

@@ -12,11 +12,15 @@ the same experts, as do (1, 3), so edp is 2.
 
 from __future__ import annotations
 
+import atexit
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moeweave.parallel.keywords import names_nearest
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "sp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
@@ -89,6 +93,7 @@ class MeshSizes:
             )
 
 
+@names_nearest
 class Mesh:
     """The ranks of a job, named by axis. Creating one starts torch.distributed if nothing has yet: with the ranks that
     torchrun (or `moeweave-train`) made, or with this process alone.
@@ -112,6 +117,7 @@ class Mesh:
 
     Raises:
         ValueError: sizes that do not fit each other or the number of ranks; legal ones are listed.
+        TypeError: an unknown axis; the nearest one is named.
 
     Example:
         >>> mesh = mw.Mesh(dp=2, ep=2)          # torchrun --nproc-per-node 2
@@ -175,7 +181,8 @@ def _default_device() -> str:
 
 
 def _start(kind: str) -> None:
-    """Join the ranks that a launcher described in the environment, or be the only rank."""
+    """Join the ranks that a launcher described in the environment, or be the only rank; leave them at exit."""
+    atexit.register(_end)
     try:
         dist.init_process_group(_BACKENDS[kind])
     except ValueError as error:
@@ -183,6 +190,16 @@ def _start(kind: str) -> None:
         if "RANK expected" not in str(error):
             raise
         dist.init_process_group(_BACKENDS[kind], store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _end() -> None:
+    """Close the groups while Python still runs.
+
+    A thread of gloo that frees its last tensor once the interpreter has begun to end aborts the process, after the
+    program's work was done. A process that ends by an error leaves at once: its peers may never answer again.
+    """
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
 
 
 def _take_own_device() -> None:

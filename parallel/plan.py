@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from moeweave.comm.dispatchers.select import validate_choice
+from moeweave.parallel.keywords import names_nearest, unknown_keyword
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data": ("fsdp2", "ddp"),
@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+@names_nearest
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Policy for `parallelize`.
@@ -37,6 +38,7 @@ class Plan:
 
     Raises:
         ValueError: a field outside its choices.
+        TypeError: an unknown field; the nearest one is named.
     """
 
     data: str = "fsdp2"
@@ -71,7 +73,5 @@ class Plan:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"Did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"Plan has no field {key!r}. {hint}It has: {', '.join(known)}.")
+                raise ValueError(unknown_keyword("Plan", key, known))
         return cls(**dict(values))

@@ -25,6 +25,8 @@ TINY: dict[str, Any] = dict(
     hidden_size=64,
     intermediate_size=96,
     moe_intermediate_size=48,
+    ffn_hidden_size=96,
+    expert_ffn_hidden_size=48,
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -36,6 +38,7 @@ TINY: dict[str, Any] = dict(
     num_experts=8,
     num_local_experts=8,
     n_routed_experts=8,
+    zero_expert_num=4,
     moe_num_experts=8,
     num_experts_per_tok=2,
     moe_k=2,
@@ -63,7 +66,17 @@ TINY: dict[str, Any] = dict(
     linear_num_value_heads=4,
     linear_head_dim=16,
     linear_num_heads=4,
+    n_shared_experts=1,
+    attn_layer_period=2,
+    attn_layer_offset=1,
 )
+# What TINY cannot say for all: rules that one architecture alone has.
+TINY_OF: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}
 # Lists with one entry per layer, cut when an override asks for fewer layers than the file has.
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "moe_layer_freq", "no_rope_layers")
 
@@ -89,8 +102,14 @@ def build_model(
     config = load_config(source, overrides, size=size)
     model_class = _model_class(config)
     extra = {} if attention is None else {"attn_implementation": attention}
-    with torch.device(device if device is not None else "cpu"):
-        model: nn.Module = model_class.from_config(config, dtype=dtype, **extra)
+    try:
+        with torch.device(device if device is not None else "cpu"):
+            model: nn.Module = model_class.from_config(config, dtype=dtype, **extra)
+    except (TypeError, AttributeError, KeyError) as error:  # a field that has no default of use, read while building
+        raise ValueError(
+            f"model {source!r}: {model_class.__name__} cannot be built from its config: {error}. "
+            "Set the fields it needs as model overrides, or name a config.json that has them."
+        ) from error
     return model.train()
 
 
@@ -134,7 +153,17 @@ def tiny_fields(config_class: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     tiny |= {name: None for name in PER_LAYER if fields.get(name) is not None}
     for name, sub_class in _sub_configs(config_class):
         tiny[name] = tiny_fields(sub_class, fields.get(name) or {})
-    return tiny
+    if not fields and "num_hidden_layers" in tiny:
+        tiny["num_hidden_layers"] = max(TINY["num_hidden_layers"], _layers_with_attention(config_class))
+    return tiny | TINY_OF.get(config_class.model_type, {})
+
+
+def _layers_with_attention(config_class: Any) -> int:
+    """How many layers of the default pattern to take for one with softmax attention, which some models need; 0: any."""
+    default = config_class()
+    kinds = getattr(default, "layer_types", None) or getattr(default, "layers_block_type", None) or []
+    softmax = [i for i, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind]
+    return softmax[0] + 1 if softmax and softmax[0] < 8 else 0
 
 
 def _config_file(source: str) -> Path | None:

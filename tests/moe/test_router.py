@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -58,6 +59,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.skipif(metadata.version("transformers") < "5.1", reason="its routers return dense weights, no choice")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", FAMILIES)
 def test_equal_to_transformers(case: str, dtype: torch.dtype) -> None:

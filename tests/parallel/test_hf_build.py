@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from moeweave.parallel.hf.build import build_model, load_config
 
@@ -35,6 +36,25 @@ def test_a_built_model_trains_and_its_weights_follow_the_seed():
     assert models[0].training
     ids_BS = torch.arange(12).view(2, 6)
     assert models[0](input_ids=ids_BS, labels=ids_BS).loss.item() == pytest.approx(5.5, abs=0.5)
+
+
+HYBRID_AND_LATENT = ["granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "longcat_flash", "qwen3_next", "zaya"]
+
+
+@pytest.mark.parametrize("source", ["deepseek_v3", "dots1", "glm4_moe", *HYBRID_AND_LATENT])
+def test_tiny_sizes_train_on_a_padded_batch(source):
+    if source not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers has no {source}")
+    torch.manual_seed(0)
+    model = build_model(source)
+    assert sum(param.numel() for param in model.parameters()) < 3e6
+    ids_BS = torch.randint(3, 200, (2, 32))
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[1, -9:] = 0
+    labels_BS = ids_BS.masked_fill(mask_BS == 0, -100)
+    model(input_ids=ids_BS, attention_mask=mask_BS, labels=labels_BS).loss.backward()
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads)
 
 
 def test_a_model_of_several_parts_takes_tiny_sizes_in_its_parts():

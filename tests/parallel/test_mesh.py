@@ -161,3 +161,8 @@ def test_an_unknown_axis_is_refused_with_the_known_ones() -> None:
         RankError, match=r"axis \('dp'\) must be one of pp, dp_replicate, dp_shard, sp, tp, edp, ep, etp"
     ):
         run_ranks(2, unknown_axis, fresh=True)
+
+
+def test_an_unknown_keyword_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(TypeError, match=r"Mesh has no field 'edp'\. Did you mean '\w+'\?"):
+        Mesh(dp=2, edp=2)  # type: ignore[call-arg]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import re
 
 import pytest
@@ -37,6 +39,14 @@ def test_every_legal_value_is_accepted_and_kept() -> None:
 def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, near: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"Plan has no field {key!r}. Did you mean {near!r}?")):
         Plan.from_dict({key: 1})
+    with pytest.raises(TypeError, match=re.escape(f"Plan has no field {key!r}. Did you mean {near!r}?")):
+        Plan(**{key: 1})
+
+
+def test_a_plan_is_copied_and_pickled_like_any_value() -> None:
+    plan = Plan(aux="rank", capacity=1.5)
+    assert copy.deepcopy(plan) == pickle.loads(pickle.dumps(plan)) == plan
+    assert dataclasses.replace(plan, capacity=None) == Plan(aux="rank")
 
 
 def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
