@@ -47,7 +47,7 @@ def test_tiny_sizes_train_on_a_padded_batch(source):
         pytest.skip(f"the installed transformers has no {source}")
     torch.manual_seed(0)
     model = build_model(source)
-    assert sum(param.numel() for param in model.parameters()) < 3e6
+    assert sum(param.numel() for param in model.parameters()) < 5e6
     ids_BS = torch.randint(3, 200, (2, 32))
     mask_BS = torch.ones_like(ids_BS)
     mask_BS[1, -9:] = 0
