@@ -10,7 +10,7 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from moeweave.parallel.adapter import MoEBlock
+from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.mesh import MeshSizes
 from moeweave.parallel.parallelize import top_k_of
 from moeweave.parallel.plan import Plan
@@ -191,8 +191,8 @@ def _shapes(block: MoEBlock) -> list[tuple[str, str]]:
 
 
 def _packing(experts: nn.Module) -> str:
-    halves = "as two halves" if getattr(experts, "is_concatenated", True) else "interleaved"
-    packed = f"gate and up in one, {halves}" if experts.has_gate else "up alone, no gate"
+    halves = {True: ", as two halves", False: ", interleaved", None: ""}[getattr(experts, "is_concatenated", None)]
+    packed = f"gate and up in one{halves}" if is_gated(experts) else "up alone, no gate"
     return f"{packed}; axes are [expert, {'in, out' if experts.is_transposed else 'out, in'}]"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-PACKED_FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts")
+PACKED_FLAGS = ("_apply_gate", "has_bias", "is_transposed", "num_experts")
 _ROUTER_NAMES = ("gate", "router")
 _BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 _SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
@@ -170,6 +170,11 @@ def _kind(path: str, module: nn.Module) -> tuple[str, int, tuple[str, ...]]:
     _refuse_others(path, module, [name for name, p in nested if p.dim() == 3 and p.shape[0] == num_experts])
     packed = all(hasattr(module, flag) for flag in PACKED_FLAGS) and "down_proj" in params
     return "packed" if packed else "stacked", num_experts, params
+
+
+def is_gated(experts: nn.Module) -> bool:
+    """Whether gate and up are packed in one; transformers 5.0 has the parameter but not yet the flag."""
+    return bool(getattr(experts, "has_gate", hasattr(experts, "gate_up_proj")))
 
 
 def _refuse_others(path: str, module: nn.Module, names: list[str]) -> None:

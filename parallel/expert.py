@@ -29,7 +29,7 @@ from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.moe.balance import apply_capacity, load
 from moeweave.moe.experts import ExpertWeights, local_experts
 from moeweave.moe.layer import accumulate, unflatten
-from moeweave.parallel.adapter import MoEBlock
+from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
 
@@ -146,7 +146,8 @@ class ExpertCall:
 
     def _packed(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
         experts: Any = self.block.experts
-        up = "gate_up_proj" if experts.has_gate else "up_proj"
+        gated = is_gated(experts)
+        up = "gate_up_proj" if gated else "up_proj"
         bias = experts.has_bias
         weights = ExpertWeights(
             gate_up=self._local(up),
@@ -154,7 +155,7 @@ class ExpertCall:
             gate_up_bias=self._local(f"{up}_bias") if bias else None,
             down_bias=self._local("down_proj_bias") if bias else None,
             is_transposed=experts.is_transposed,
-            apply_gate=experts._apply_gate if experts.has_gate else experts.act_fn,
+            apply_gate=experts._apply_gate if gated else experts.act_fn,
             post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
         )
         return local_experts(weights, rows_RD.to(weights.gate_up.dtype), offsets_e, exact=True)

@@ -230,6 +230,7 @@ def _hand_over_num_items(model: Any, record: Record) -> None:
     model.loss_function = loss_function
 
 
+@torch.compiler.disable(reason="torch 2.11's Dynamo loses part of the gradient of the sum over ranks")
 def global_aux_loss(logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor | None, record: Record) -> Tensor:
     """Load-balancing loss of the global batch, equal on every data rank.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 import torch
+from packaging.version import Version
 
 from nan_empty import nan_empty as nan_empty_memory
 from run_ranks import close_pools, seed_everything
@@ -17,6 +19,9 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    needs = item.get_closest_marker("transformers")
+    if needs and Version(metadata.version("transformers")) < Version(needs.args[0]):
+        pytest.skip(f"needs transformers {needs.args[0]}: {needs.args[1]}")
     ranks = item.get_closest_marker("ranks")
     wanted = ranks.args[0] if ranks else 1
     for device in ("gpu", "npu"):

@@ -26,13 +26,14 @@ def test_the_real_sizes_of_a_large_model_are_counted_without_memory(capsys, monk
     assert code == 0
     assert "671,026,404,352" in out  # all parameters
     assert "37,552,282,624" in out  # those of a token
-    for shown in ("DeepseekV3Experts: 256, 8 to each token", "model.layers.{3-60}.mlp.experts", "DeepseekV3TopkRouter"):
+    for shown in (": 256, 8 to each token", "model.layers.{3-60}.mlp.experts", "DeepseekV3TopkRouter"):
         assert shown in out
     for shown in ("[256, 4096, 7168] bfloat16", "shared_experts (DeepseekV3MLP)", "e_score_correction_bias"):
         assert shown in out
     assert "experts over ep=32, then FSDP2 over edp=2" in out
 
 
+@pytest.mark.transformers("5.1", "experts do not say in 5.0 whether gate and up are interleaved")
 @pytest.mark.parametrize(
     "model_type, shown",
     [

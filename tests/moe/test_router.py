@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -59,7 +58,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.skipif(metadata.version("transformers") < "5.1", reason="its routers return dense weights, no choice")
+@pytest.mark.transformers("5.1", "routers return probabilities in place of logits in 5.0")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", FAMILIES)
 def test_equal_to_transformers(case: str, dtype: torch.dtype) -> None:
@@ -75,7 +74,10 @@ def test_equal_to_transformers(case: str, dtype: torch.dtype) -> None:
     x = torch.randn(T, D, dtype=dtype)
 
     logits, weights, ids = ours(x)
-    want_logits, want_weights, want_ids = theirs(x)
+    answer = theirs(x)
+    if isinstance(answer, Tensor) or len(answer) != 3:
+        pytest.skip("routers of the installed transformers do not return logits, weights and ids")
+    want_logits, want_weights, want_ids = answer
     assert torch.equal(ids, want_ids)
     assert torch.equal(logits, want_logits)
     assert weights.dtype == torch.float32

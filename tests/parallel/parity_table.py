@@ -61,13 +61,15 @@ def layout(block: Any) -> str:
     """Which path a block's experts take, and how its weights lie where that is not the usual way."""
     if block.kind != "packed":
         return f"own forward ({block.kind})"
+    from moeweave.parallel.adapter import is_gated
+
     experts = block.experts
     odd = {
-        "no gate": not experts.has_gate,
+        "no gate": not is_gated(experts),
         "transposed": experts.is_transposed,
         "interleaved": not getattr(experts, "is_concatenated", True),
         "bias": experts.has_bias,
-        "own gate": experts.has_gate and type(experts)._apply_gate.__module__.startswith("transformers.models."),
+        "own gate": is_gated(experts) and type(experts)._apply_gate.__module__.startswith("transformers.models."),
         "post-norm": getattr(experts, "has_post_expert_norm", False),
     }
     return ", ".join(["grouped GEMM", *(word for word, holds in odd.items() if holds)])

@@ -246,6 +246,7 @@ def save_tied(folder: str) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in named_state(model).items()}
 
 
+@pytest.mark.transformers("5.1", "5.0 leaves the tied weights of a model on meta untied")
 @pytest.mark.parametrize("layout", ["ep2", "ep2ddp", "ep2edp2", "ep2edp2ddp"])
 def test_model_built_on_meta(layout: str, tmp_path: Path) -> None:
     saved = merge(run_ranks(2, save_tied, str(tmp_path / "a")))

@@ -41,6 +41,7 @@ def test_a_built_model_trains_and_its_weights_follow_the_seed():
 HYBRID_AND_LATENT = ["granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "longcat_flash", "qwen3_next", "zaya"]
 
 
+@pytest.mark.transformers("5.20", "older releases name layer kinds otherwise, or cannot cache them")
 @pytest.mark.parametrize("source", ["deepseek_v3", "dots1", "glm4_moe", *HYBRID_AND_LATENT])
 def test_tiny_sizes_train_on_a_padded_batch(source):
     if source not in CONFIG_MAPPING:
@@ -70,7 +71,12 @@ def test_a_model_of_several_parts_takes_tiny_sizes_in_its_parts():
         ("no/such/folder", {}, "models are not downloaded"),
         ("mixtral", {"hiden_size": 3}, "Nearest: hidden_size"),
         ("qwen3_vl_moe", {"text_config": {"hiden_size": 3}}, "Nearest: hidden_size"),
-        ("mixtral", {"num_attention_heads": "four"}, "refuses its tiny sizes"),
+        pytest.param(
+            "mixtral",
+            {"num_attention_heads": "four"},
+            "refuses its tiny sizes",
+            marks=pytest.mark.transformers("5.1", "configs do not check types in 5.0"),
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(source, overrides, message):

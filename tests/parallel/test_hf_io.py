@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -313,7 +312,7 @@ def export_adapters(folder: str, mesh: dict[str, int], plan: dict[str, Any]) -> 
     return str(error.value)
 
 
-@pytest.mark.skipif(metadata.version("transformers") < "5.1", reason="peft 0.21 cannot load adapters with it")
+@pytest.mark.transformers("5.1", "peft 0.21 cannot load adapters with 5.0")
 @pytest.mark.parametrize("plan", [{}, {"data": "ddp"}], ids=["fsdp2", "ddp"])
 def test_adapters_are_written_as_peft_reads_them(plan: dict[str, Any], tmp_path: Path) -> None:
     from peft import PeftModel
