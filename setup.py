@@ -64,6 +64,7 @@ setup(
             "moeweave-train = moeweave.launch.train:main",
             "moeweave-inspect = moeweave.launch.inspect:main",
             "moeweave-verify = moeweave.launch.verify:main",
+            "moeweave-bench = moeweave.launch.bench.program:main",
         ]
     },
     zip_safe=False,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -171,16 +170,8 @@ def summarise(seconds: dict[str, list[float]], tokens: int, seed: int = 0) -> di
 
 
 def _provenance() -> dict[str, Any]:
-    name = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
     git = runlog.git_state(Path(__file__).resolve().parent)
-    return {"device": {"cpu": name, "cores": os.cpu_count()}, "versions": runlog.versions(), "git": git}
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    return {"device": {"cpu": runlog.processor(), "cores": os.cpu_count()}, "versions": runlog.versions(), "git": git}
 
 
 def _table(result: dict[str, Any]) -> Table:

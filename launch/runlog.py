@@ -154,6 +154,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The CPU's name, as the system gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
 def git_state(directory: Path) -> dict[str, Any] | None:
     """{sha, branch, dirty} of the repository that holds `directory`; None without git or outside a repository."""
     sha, status = _git(directory, "rev-parse", "HEAD"), _git(directory, "status", "--porcelain")

@@ -209,6 +209,52 @@ class VerifyConfig:
         _at_least(1, show=self.show)
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    """Everything that `moeweave-bench` reads; whether operations and backends exist is theirs to say."""
+
+    op: Any = "all_reduce"
+    backend: Any = None
+    ranks: int = 2
+    device: str | None = None
+    dtype: str = "float32"
+    min_size: int = 1024
+    max_size: int = 1 << 22
+    factor: int = 4
+    in_place: bool = True
+    shape: str | None = None
+    tokens: int = 512
+    hidden: int = 256
+    experts: int = 16
+    topk: int = 4
+    expert_hidden: int = 256
+    routing: str = "uniform"
+    iterations: int = 20
+    warmup: int = 5
+    flush: bool = True
+    graph: bool = False
+    seed: int = 0
+    out: str | None = None
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(2, ranks=self.ranks, factor=self.factor)
+        _at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
+        _at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
+        _at_least(0, warmup=self.warmup)
+        _at_least(self.min_size, max_size=self.max_size)
+        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _one_of("routing", self.routing, ("uniform", "balanced", "zipf", "one_hot"))
+
+    @property
+    def ops(self) -> list[str]:
+        return [self.op] if isinstance(self.op, str) else list(self.op)
+
+    @property
+    def backends(self) -> list[str]:
+        return [self.backend] if isinstance(self.backend, str) else list(self.backend or [])
+
+
 # Dicts of a config whose keys are another package's dataclass, and those whose keys are free.
 TYPED_DICTS: dict[str, type] = {"plan": Plan}
 FREE_DICTS = {"model.overrides"}

@@ -200,8 +200,9 @@ def _serve() -> None:
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
     from moeweave.launch import inspect, train, trainer, verify  # noqa: F401
+    from moeweave.launch.bench import program as bench
 
-    programs = {"train": train.main, "verify": verify.main, "inspect": inspect.main}
+    programs = {"train": train.main, "verify": verify.main, "inspect": inspect.main, "bench": bench.main}
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:

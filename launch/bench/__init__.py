@@ -1,0 +1,1 @@
+"""`moeweave-bench`: communication microbenchmarks, checked before they are timed."""

@@ -1,0 +1,55 @@
+"""What is measured: one operation on one size over one backend."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeweave.launch.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        op, backend: names. size: bytes of the whole array. count: elements, as nccl-tests
+            print them. dtype, redop: words.
+        in_place: whether the result takes the place of the input.
+        run: does the operation once, without waiting for the device.
+        wrong: does it once more, from known values; returns how many elements of the result are not as they must be.
+        factor: bus bandwidth over algorithm bandwidth (nccl-tests, PERFORMANCE.md); 1 for MoE operations.
+        logical_bytes: MoE operations: what must leave this rank, each token once to each remote rank that it needs.
+        wire_bytes: MoE operations: what this backend sends from this rank to others; None where it does not say.
+        label: a shape's name, or the pair of ranks.
+    """
+
+    op: str
+    backend: str
+    size: int
+    count: int
+    dtype: str
+    run: Callable[[], object]
+    wrong: Callable[[], int]
+    factor: float = 1.0
+    redop: str = "none"
+    in_place: bool = False
+    logical_bytes: int | None = None
+    wire_bytes: int | None = None
+    label: str = ""
+
+
+def backend_factory(name: str, known: Mapping[str, Callable[..., Any]], op: str) -> Callable[..., Any]:
+    """The factory of a backend: a known name, or `module:factory` of the user's own. Raises ConfigError."""
+    if name in known:
+        return known[name]
+    module, _, factory = name.partition(":")
+    if not factory:
+        raise ConfigError(f"backend={name}: must be one of {', '.join(known)} with op={op}, or module:factory.")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"backend={name}: {error}. Name an importable module and a function in it.") from error
+    return found

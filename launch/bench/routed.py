@@ -1,0 +1,285 @@
+"""MoE operations: dispatch, combine and a whole layer, over any TokenDispatcher.
+
+The tokens of every rank follow from (seed, rank), so each rank computes alone what must arrive: rows by expert, then by
+source rank, then by route. Moved rows are compared bit by bit, sums and layers within the table of tolerances.
+
+Legend: T tokens a rank, K routes a token, D width, R rows here, E experts, e experts of this rank, W ranks, F width of
+an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moeweave.comm.dispatch import Dispatched, TokenDispatcher
+from moeweave.comm.dispatchers.select import make_dispatcher
+from moeweave.kernels_ext.tolerance import TOLERANCE
+from moeweave.launch.bench.case import Case, backend_factory
+from moeweave.launch.schema import BenchConfig, ConfigError
+from moeweave.moe.experts import ExpertWeights, local_experts
+from moeweave.parallel.mesh import Mesh
+
+OPS = ("dispatch", "combine", "moe_layer", "moe_layer_backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """T tokens a rank, D width, E experts, K routes a token, F width of an expert."""
+
+    tokens: int
+    hidden: int
+    experts: int
+    topk: int
+    expert_hidden: int
+
+
+SHAPES = {
+    "v3-prefill": Shape(4096, 7168, 256, 8, 2048),
+    "qwen3-30b-prefill": Shape(8192, 2048, 128, 8, 768),
+    "mixtral-prefill": Shape(8192, 4096, 8, 2, 14336),
+    "v3-decode128": Shape(128, 7168, 256, 8, 2048),
+    "v3-decode32": Shape(32, 7168, 256, 8, 2048),
+    "qwen3-decode128": Shape(128, 2048, 128, 8, 768),
+}
+
+
+def _moeweave(name: str, combine: str | None = None) -> Callable[..., TokenDispatcher]:
+    def make(group: dist.ProcessGroup, num_experts: int, top_k: int) -> TokenDispatcher:
+        return make_dispatcher(name, group, num_experts, top_k=top_k, combine=combine)
+
+    return make
+
+
+# name: factory(group, num_experts, top_k) -> TokenDispatcher
+BACKENDS: dict[str, Callable[..., TokenDispatcher]] = {
+    "alltoall": _moeweave("alltoall"),
+    "allgather": _moeweave("allgather"),
+    "allgather_prereduced": _moeweave("allgather", "prereduced"),
+}
+
+
+def shape_of(config: BenchConfig) -> Shape:
+    """The shape that the config names or spells out."""
+    if config.shape is not None:
+        return SHAPES[config.shape]
+    return Shape(config.tokens, config.hidden, config.experts, config.topk, config.expert_hidden)
+
+
+def check(op: str, config: BenchConfig, ranks: int) -> None:
+    """Raise ConfigError where shape, backend or number of ranks do not fit."""
+    if config.shape is not None and config.shape not in SHAPES:
+        raise ConfigError(f"shape={config.shape}: must be one of {', '.join(SHAPES)}, or left out.")
+    shape = shape_of(config)
+    if shape.experts % ranks:
+        legal = ", ".join(str(n) for n in range(2, shape.experts + 1) if shape.experts % n == 0)
+        raise ConfigError(f"experts={shape.experts}: must be divisible by the {ranks} ranks. Set ranks to {legal}.")
+    if shape.topk > shape.experts:
+        raise ConfigError(f"topk={shape.topk}: must be at most experts={shape.experts}. Lower topk.")
+    for backend in config.backends:
+        backend_factory(backend, BACKENDS, op)
+
+
+def route(config: BenchConfig, shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
+    """ids_TK (int64, distinct in a row) and weights_TK (float32) of one rank, on the CPU."""
+    generator = torch.Generator().manual_seed(config.seed * 100_003 + rank)
+    T, E, K = shape.tokens, shape.experts, shape.topk
+    scores_TE = torch.randn(T, E, generator=generator)
+    if config.routing == "balanced":
+        first_T1 = (torch.arange(T) + rank * T).unsqueeze(1) * K
+        ids_TK = (first_T1 + torch.arange(K)) % E
+    elif config.routing == "one_hot":
+        ids_TK = torch.arange(K).expand(T, K).contiguous()
+    else:
+        if config.routing == "zipf":  # Gumbel top-k: sampling without replacement, chance of expert e as 1 / (e + 1)
+            uniform_TE = torch.rand(T, E, generator=generator).clamp(1e-9, 1 - 1e-9)
+            scores_TE = -torch.log(torch.arange(E) + 1.0) - torch.log(-torch.log(uniform_TE))
+        ids_TK = scores_TE.topk(K, dim=1).indices
+    return ids_TK, scores_TE.gather(1, ids_TK).softmax(1)
+
+
+class Task:
+    """Tokens, routes and expected results of this rank, on its device."""
+
+    def __init__(self, config: BenchConfig, mesh: Mesh) -> None:
+        self.shape, self.mesh = shape_of(config), mesh
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.routes = [route(config, self.shape, rank) for rank in range(mesh.world)]
+        self.ids_TK, self.weights_TK = (each.to(mesh.device) for each in self.routes[mesh.rank])
+        self.x_TD = self.tokens(mesh.rank)
+        self.num_local = self.shape.experts // mesh.world
+        self.first = mesh.rank * self.num_local
+
+    def tokens(self, rank: int) -> Tensor:
+        """x_TD of any rank: small multiples of 1/16, another row for each (rank, token)."""
+        t_T1 = torch.arange(self.shape.tokens, device=self.mesh.device).unsqueeze(1)
+        d_D = torch.arange(self.shape.hidden, device=self.mesh.device)
+        return (((rank * 31 + t_T1 * 7 + d_D * 3 + (t_T1 * d_D) % 5) % 61 - 30) / 16).to(self.dtype)
+
+    def expected_rows(self) -> tuple[Tensor, Tensor]:
+        """rows_RD and offsets_e (int64) that must arrive here."""
+        experts, tokens, sources = [], [], []
+        for source, (ids_TK, _) in enumerate(self.routes):
+            token, column = torch.where((ids_TK >= self.first) & (ids_TK < self.first + self.num_local))
+            experts.append(ids_TK[token, column] - self.first)
+            tokens.append(token)
+            sources.append(torch.full_like(token, source))
+        expert_R, token_R, source_R = torch.cat(experts), torch.cat(tokens), torch.cat(sources)
+        order = torch.argsort(expert_R, stable=True).to(self.mesh.device)
+        source_R, token_R = source_R.to(self.mesh.device)[order], token_R.to(self.mesh.device)[order]
+        rows_RD = self.x_TD.new_empty(len(order), self.shape.hidden)
+        for source in range(self.mesh.world):
+            here = source_R == source
+            rows_RD[here] = self.tokens(source)[token_R[here]]
+        ends_e = torch.bincount(expert_R, minlength=self.num_local).cumsum(0)
+        return rows_RD, ends_e.to(self.mesh.device)
+
+    def expected_sum(self) -> Tensor:
+        """y_TD of combine where each row comes back as it went: x times the sum of its weights."""
+        return (self.x_TD.float() * self.weights_TK.sum(1, keepdim=True)).to(self.dtype)
+
+    @property
+    def remote_routes(self) -> int:
+        """Routes of this rank's tokens to experts elsewhere."""
+        return int((self.ids_TK // self.num_local != self.mesh.rank).sum())
+
+    @property
+    def remote_pairs(self) -> int:
+        """(token, rank) pairs elsewhere: rows that must leave if each goes once to each rank that needs it."""
+        owners_TK = self.ids_TK // self.num_local
+        return sum(int((owners_TK == rank).any(1).sum()) for rank in range(self.mesh.world) if rank != self.mesh.rank)
+
+    def wire_rows(self, backend: str, op: str) -> int | None:
+        """Rows that a backend of this library sends from this rank; None for others'."""
+        gathered = (self.mesh.world - 1) * self.shape.tokens
+        table = {
+            "alltoall": (self.remote_routes, self.remote_routes),
+            "allgather": (gathered, self.remote_routes),
+            "allgather_prereduced": (gathered, gathered),
+        }
+        if backend not in table:
+            return None
+        there, back = table[backend]
+        return {"dispatch": there, "combine": back}.get(op, there + back)
+
+
+def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
+    """One case a backend."""
+    task = Task(config, mesh)
+    shape, itemsize = task.shape, task.dtype.itemsize
+    row = shape.hidden * itemsize
+    ways = 1 if op in ("dispatch", "combine") else 2 if op == "moe_layer" else 4
+    for name in config.backends or ["alltoall"]:
+        dispatcher = backend_factory(name, BACKENDS, op)(mesh.group("ep"), shape.experts, shape.topk)
+        if op in ("dispatch", "combine"):
+            run, wrong = (_dispatch if op == "dispatch" else _combine)(task, dispatcher)
+        else:
+            run, wrong = _layer(task, dispatcher, op == "moe_layer_backward", config.seed)
+        wire = task.wire_rows(name, op)
+        yield Case(
+            op,
+            name,
+            shape.tokens * row,
+            shape.tokens * shape.hidden,
+            config.dtype,
+            run,
+            wrong,
+            logical_bytes=task.remote_pairs * row * ways,
+            wire_bytes=None if wire is None else wire * row * (2 if op == "moe_layer_backward" else 1),
+            label=config.shape or f"T{shape.tokens} D{shape.hidden} E{shape.experts} K{shape.topk}",
+        )
+
+
+Built = tuple[Callable[[], Any], Callable[[], int]]
+
+
+def _dispatch(task: Task, dispatcher: TokenDispatcher) -> Built:
+    want_RD, ends_e = task.expected_rows()
+
+    @torch.no_grad()
+    def run() -> Dispatched:
+        return dispatcher.dispatch(task.x_TD, task.ids_TK, task.weights_TK)
+
+    def wrong() -> int:
+        found = run()
+        off = int((found.offsets_e.long() != ends_e).sum())
+        rows_RD = found.rows_RD[: len(want_RD)]
+        return off + (want_RD.numel() if rows_RD.shape != want_RD.shape else int((rows_RD != want_RD).sum()))
+
+    return run, wrong
+
+
+@torch.no_grad()
+def _combine(task: Task, dispatcher: TokenDispatcher) -> Built:
+    dispatched = dispatcher.dispatch(task.x_TD, task.ids_TK, task.weights_TK)
+    rows_RD = dispatched.rows_RD.clone()
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return dispatcher.combine(rows_RD, task.weights_TK, dispatched)
+
+    return run, lambda: num_off(run(), task.expected_sum())
+
+
+def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -> Built:
+    shape, device = task.shape, task.mesh.device
+    generator = torch.Generator(device=device).manual_seed(seed * 7919 + task.mesh.rank)
+    size = (task.num_local, 2 * shape.expert_hidden, shape.hidden)
+    up = torch.randn(size, generator=generator, device=device, dtype=task.dtype) * shape.hidden**-0.5
+    size = (task.num_local, shape.hidden, shape.expert_hidden)
+    down = torch.randn(size, generator=generator, device=device, dtype=task.dtype) * shape.expert_hidden**-0.5
+    weights = ExpertWeights(gate_up=up, down=down, apply_gate=_swiglu)
+    x_TD = task.x_TD.clone().requires_grad_(backward)
+    if backward:
+        weights = replace(weights, gate_up=up.requires_grad_(), down=down.requires_grad_())
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(backward):
+            dispatched = dispatcher.dispatch(x_TD, task.ids_TK, task.weights_TK)
+            rows_RD = local_experts(weights, dispatched.rows_RD, dispatched.offsets_e)
+            y_TD = dispatcher.combine(rows_RD, task.weights_TK, dispatched)
+        if not backward:
+            return y_TD
+        # Any gradient that every rank can compute does.
+        grads = torch.autograd.grad(y_TD, (x_TD, up, down), task.x_TD)
+        return torch.cat([y_TD.detach(), grads[0]])
+
+    return run, lambda: num_off(run(), _plain_layer(task, up, down, backward))
+
+
+def _swiglu(gate_up_RF: Tensor) -> Tensor:
+    gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
+    return nn.functional.silu(gate_RF) * up_RF
+
+
+def _plain_layer(task: Task, up: Tensor, down: Tensor, backward: bool) -> Tensor:
+    """The layer without a dispatcher: each rank runs its experts on everybody's tokens, one at a time; all-reduce."""
+    x_ND = torch.cat([task.tokens(rank) for rank in range(task.mesh.world)]).requires_grad_(backward)
+    ids_NK, weights_NK = (torch.cat(each).to(task.mesh.device) for each in zip(*task.routes, strict=True))
+    with torch.set_grad_enabled(backward):
+        y_ND = torch.zeros(x_ND.shape, device=x_ND.device)
+        for local in range(task.num_local):
+            token, column = torch.where(ids_NK == task.first + local)
+            out_RD = _swiglu(x_ND[token] @ up[local].detach().T) @ down[local].detach().T
+            y_ND = y_ND.index_add(0, token, out_RD.float() * weights_NK[token, column].unsqueeze(1))
+    parts = [y_ND.detach()]
+    if backward:
+        parts.append(torch.autograd.grad(y_ND, x_ND, x_ND.detach().float())[0].float())
+    here = slice(task.mesh.rank * task.shape.tokens, (task.mesh.rank + 1) * task.shape.tokens)
+    for part in parts:
+        dist.all_reduce(part, group=task.mesh.group("ep"))
+    return torch.cat([part[here] for part in parts]).to(task.dtype)
+
+
+def num_off(got: Tensor, want: Tensor) -> int:
+    """Elements further from `want` than 16 times the dtype's tolerance of its root mean square, or not finite."""
+    if got.shape != want.shape:
+        return want.numel()
+    scale = want.float().square().mean().sqrt().clamp_min(1e-12)
+    limit = 16 * TOLERANCE[want.dtype] * torch.maximum(want.float().abs(), scale)
+    return int((~((got.float() - want.float()).abs() <= limit)).sum())

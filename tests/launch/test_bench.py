@@ -1,0 +1,171 @@
+"""moeweave-bench: operations right on CPU ranks, corruption noticed, figures as nccl-tests define them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moeweave.launch.bench import collectives, report, routed
+from moeweave.launch.bench.case import Case
+from moeweave.launch.bench.measure import figures
+from moeweave.launch.bench.program import bench, main
+from moeweave.launch.schema import BenchConfig
+from programs import run
+from run_ranks import run_ranks
+
+COLLECTIVES = list(collectives.FACTORS)
+SMALL = dict(device="cpu", iterations=2, warmup=1, min_size=96, max_size=960, factor=10)
+MOE = dict(tokens=37, hidden=24, experts=8, topk=3, expert_hidden=16)
+
+
+def lines(world: int, **values: Any) -> list[dict[str, Any]]:
+    return bench(BenchConfig(**{**SMALL, **MOE, **values}), world)
+
+
+def on_ranks(world: int, **values: Any) -> list[dict[str, Any]]:
+    """The lines of rank 0; all ranks must have the same."""
+    found = run_ranks(world, call_lines, world, values)
+    keep = ("op", "backend", "size", "wrong", "median", "logical_bytes", "wire_bytes")
+    assert all([[line.get(k) for k in keep] for line in each] == [[line.get(k) for k in keep] for line in found[0]]
+               for each in found)  # fmt: skip
+    return found[0]
+
+
+def call_lines(world: int, values: dict[str, Any]) -> list[dict[str, Any]]:
+    return lines(world, **values)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_collective_is_right_and_timed(world: int) -> None:
+    found = on_ranks(world, op=COLLECTIVES)
+    assert {line["op"] for line in found} == set(COLLECTIVES)
+    assert all(line["wrong"] == 0 and len(line["times"]) == 2 and line["median"] > 0 for line in found)
+    assert {line["op"] for line in found if line["in_place"]} == set(collectives.IN_PLACE)
+    pairs = {line["label"] for line in found if line["op"] == "pairs"}
+    assert len(pairs) == world * (world - 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_moe_operation_is_right_and_timed(world: int, dtype: str) -> None:
+    found = on_ranks(world, op=list(routed.OPS), backend=list(routed.BACKENDS), dtype=dtype)
+    assert [line["op"] for line in found].count("peak") == 1
+    assert len(found) == 1 + len(routed.OPS) * len(routed.BACKENDS)
+    assert all(line["wrong"] == 0 and line["median"] > 0 for line in found)
+    assert all(line["of_peak"] > 0 and line["ratio"] > 0 for line in found)
+    assert all(line["ratio"] == 1 for line in found if line["backend"] == "alltoall")
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf", "one_hot"])
+def test_skewed_routes_are_right(routing: str) -> None:
+    found = on_ranks(2, op=list(routed.OPS), backend=["alltoall", "allgather"], routing=routing)
+    assert all(line["wrong"] == 0 for line in found)
+    if routing == "one_hot":  # experts 0, 1, 2 are all on rank 0: only rank 1's tokens leave, once each
+        dispatch = next(line for line in found if line["op"] == "dispatch")
+        assert dispatch["logical_bytes"] == 37 * 24 * 4
+        assert dispatch["wire_bytes"] == 3 * 37 * 24 * 4
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_lost_element_is_noticed_by_every_operation(world: int) -> None:
+    found = on_ranks(world, op=COLLECTIVES, backend="bench_corrupt:Collectives")
+    assert {line["op"] for line in found} == set(COLLECTIVES)
+    assert all(line["wrong"] > 0 and "median" not in line for line in found)
+    for op, backend in [("dispatch", "dispatching"), ("combine", "combining")]:
+        layers = [op, "moe_layer", "moe_layer_backward"]
+        found = on_ranks(world, op=layers, backend=f"bench_corrupt:{backend}")[1:]  # without the peak
+        assert [line["op"] for line in found] == layers
+        assert all(line["wrong"] > 0 and "median" not in line for line in found)
+
+
+def test_bandwidths_are_those_of_nccl_tests() -> None:
+    want = {"all_reduce": 1.5, "all_gather": 0.75, "reduce_scatter": 0.75, "all_to_all": 0.75, "broadcast": 1.0}
+    assert {op: collectives.FACTORS[op](4) for op in want} == want
+    case = Case("all_reduce", "torch", 8_000_000, 2_000_000, "float32", lambda: None, lambda: 0, factor=1.5)
+    times = np.array([90.0, 100.0, 200.0])
+    found = figures(times, times / 10, case, None, 4)
+    assert (found["median"], found["min"], found["host"]) == (100.0, 90.0, 10.0)
+    assert (found["algbw"], found["busbw"]) == (80.0, 120.0)  # 8 MB in 100 us
+    assert found["p95"] == pytest.approx(190.0)
+    moe = figures(times, times, case, 4_000_000, 4)  # a rank sends 1 MB in 100 us
+    assert moe["busbw"] == 10.0
+
+
+@pytest.mark.parametrize("routing", ["uniform", "balanced", "zipf", "one_hot"])
+def test_routes_are_distinct_and_follow_from_the_rank_alone(routing: str) -> None:
+    config = BenchConfig(**MOE, routing=routing)
+    shape = routed.shape_of(config)
+    ids_TK, weights_TK = routed.route(config, shape, 1)
+    assert ids_TK.shape == weights_TK.shape == (37, 3)
+    assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 8 for row in ids_TK.tolist())
+    assert torch.equal(ids_TK, routed.route(config, shape, 1)[0])
+    counts = torch.bincount(ids_TK.reshape(-1), minlength=8)
+    if routing == "balanced":
+        assert int(counts.max() - counts.min()) <= 1
+    if routing == "one_hot":
+        assert counts.tolist() == [37, 37, 37, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["op=all_recude"], "op=all_recude: must be one of all_reduce"),
+        (["op=all_gather", "ranks=3", "min_size=1000"], "Set min_size=1008"),
+        (["ranks=1"], "must be at least 2"),
+        (["op=dispatch", "experts=9"], "must be divisible by the 2 ranks"),
+        (["op=dispatch", "shape=v4"], "must be one of v3-prefill"),
+        (["op=dispatch", "backend=alltoal"], "must be one of alltoall, allgather"),
+        (["op=dispatch", "backend=no.such:thing"], "Name an importable module"),
+        (["routing=zip"], "Did you mean routing=zipf?"),
+        (["opp=all_reduce"], "Did you mean"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_2(capsys: Any, arguments: list[str], text: str) -> None:
+    assert main(["device=cpu", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_the_program_writes_table_lines_csv_and_picture(tmp_path: Any) -> None:
+    arguments = ["op=[all_reduce,dispatch]", "device=cpu", "max_size=4096", "iterations=3", "tokens=40", "out=files"]
+    for _ in range(2):
+        done = run("bench", *arguments, "trace=traces", cwd=tmp_path)
+        assert (done.code, done.left) == (0, ()), done.err
+    assert "# Out of bounds values : 0 OK" in done.out
+    assert "algbw    busbw  #wrong" in done.out
+    folder = tmp_path / "files"
+    kept = [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
+    assert len(kept) == 2 * (1 + 2 * 2 + 1)  # the peak, two sizes in and out of place, one dispatch; two runs
+    assert {"git", "versions", "device_name", "config"} <= kept[0]["context"].keys()
+    assert (folder / "bench.csv").read_text().startswith("op,backend,label,size")
+    assert (folder / "bench.png").stat().st_size > 5000
+    assert all(json.loads((tmp_path / f"traces/rank{rank}.json").read_text())["traceEvents"] for rank in (0, 1))
+
+
+def test_compare_names_what_became_slower(tmp_path: Any, capsys: Any) -> None:
+    line = dict(op="all_reduce", backend="torch", label="", size=64, dtype="float32", in_place=False, ranks=2)
+    for name, times in (("old", (100.0, 100.0)), ("new", (104.0, 150.0)), ("wrong", (None, 100.0))):
+        found = [dict(line, size=size, median=time) for size, time in zip((64, 128), times, strict=True)]
+        (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in found))
+    old, new, wrong = (str(tmp_path / name) for name in ("old", "new", "wrong"))
+    assert main(["compare", old, old]) == 0
+    assert main(["compare", old, new]) == 1
+    assert main(["compare", old, new, "--threshold", "0.6"]) == 0
+    assert main(["compare", old, wrong]) == 1
+    assert main(["compare", old, str(tmp_path / "none")]) == 2
+    captured = capsys.readouterr()
+    assert "+50.0%  SLOWER" in captured.out and "WRONG" in captured.out
+    assert "does not exist" in captured.err
+
+
+def test_a_line_that_was_wrong_has_no_time_in_the_table() -> None:
+    line = dict(op="all_reduce", backend="torch", label="", size=64, count=16, dtype="float32", redop="sum", wrong=3)
+    line |= dict(in_place=False, logical_bytes=None, wire_bytes=None)
+    report.relate([line])
+    text = report.table([line], dict(device_name="cpu", ranks=2, versions={"torch": "2"}))
+    assert "# Out of bounds values : 3 FAILED" in text
