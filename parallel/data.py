@@ -45,7 +45,7 @@ def splits_tokens(mesh: Mesh) -> bool:
 
 
 def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
-    """Shard or replicate `model`, in place. Experts that `ep` has sharded, or whose tokens tp ranks share, go over their own copies only."""
+    """Shard or replicate `model`, in place. Experts of split tokens (ep, tp) go over their own copies only."""
     sharded = [block for block in blocks if splits_tokens(mesh)]
     own = {id(param): param for block in sharded for param in _own_params(block)}
     # Parameters inside an experts module that all experts share (a norm after them): dense, but each rank's gradient

@@ -78,8 +78,8 @@ def plan_of(model: nn.Module, blocks: list[MoEBlock], tp: int) -> tuple[dict[str
         styles |= {f"{prefix}{rows}": RowwiseParallel()} if rows else {}
     if not styles:
         raise UnsupportedModel(
-            f"tp ({tp}) splits attention (q_proj, k_proj, v_proj, o_proj) and MLPs (gate_proj, up_proj, down_proj), and "
-            f"{type(model).__name__} has neither. Set tp=1 and use the ranks for dp or ep."
+            f"tp ({tp}) splits attention (q_proj, k_proj, v_proj, o_proj) and MLPs (gate_proj, up_proj, down_proj), "
+            f"and {type(model).__name__} has neither. Set tp=1 and use the ranks for dp or ep."
         )
     return styles, attentions
 
@@ -107,7 +107,7 @@ def _check_attention(path: str, module: Any, tp: int) -> None:
         )
     latent = "kv_b_proj" in held
     width = getattr(module, "qk_head_dim" if latent else "head_dim", None)
-    value = getattr(module, "v_head_dim", width) if latent else width
+    value = getattr(module, "v_head_dim", width)
     if not isinstance(width, int) or not isinstance(value, int):
         raise UnsupportedModel(f"{path} ({type(module).__name__}) does not say its head_dim. Set tp=1.")
     for name in _HEAD_NORMS:
@@ -115,7 +115,7 @@ def _check_attention(path: str, module: Any, tp: int) -> None:
             raise UnsupportedModel(f"{path}.{name} normalizes over all heads, which tp ({tp}) splits. Set tp=1.")
     heads = module.o_proj.in_features // value
     if not latent:
-        heads = math.gcd(heads, module.k_proj.out_features // width)
+        heads = math.gcd(heads, module.q_proj.out_features // width, module.k_proj.out_features // width)
     _check_size(f"the heads of {path}, queries and keys alike", heads, tp)
 
 
@@ -164,7 +164,7 @@ def _sum_param_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
         with shadowed(module, params):
             return own(*args, **kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _vocabulary(model: Any, tp: int) -> tuple[Any, Any]:
@@ -199,7 +199,7 @@ def _split_embedding(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
         out = nn.functional.embedding(local.clamp(0, rows - 1), table.to_local(), padding)
         return _SumForward.apply(out * here.unsqueeze(-1).to(out.dtype), group)
 
-    embedding.forward = forward  # type: ignore[method-assign]
+    embedding.forward = forward  # type: ignore[method-assign, assignment]
 
 
 class _SumGradient(torch.autograd.Function):

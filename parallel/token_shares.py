@@ -1,6 +1,6 @@
 """Who routes which tokens when several ranks hold the same ones (tensor parallelism).
 
-Worked example, 5 tokens on 2 tp ranks: rank 0 routes tokens 0, 1, 2 and rank 1 tokens 3, 4; both end with all 5 outputs.
+Worked example, 5 tokens on 2 tp ranks: rank 0 routes tokens 0, 1, 2 and rank 1 tokens 3, 4; both get all 5 outputs.
 
 Legend: T tokens that every tp rank holds, t of them this rank's share, D width.
 """
