@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+
+from moeweave.comm.communicator import Communicator
 
 
 class TokenShares:
@@ -20,7 +21,8 @@ class TokenShares:
     ranks' shorter or empty. Gradients of shares and of gathered tokens are whole on every rank."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.size, self.rank, self.group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+        self.comm = Communicator(mesh.get_group())
+        self.size, self.rank = self.comm.size, self.comm.rank
 
     def bounds(self, num_tokens: int) -> tuple[int, int]:
         step = -(-num_tokens // self.size)
@@ -31,15 +33,14 @@ class TokenShares:
         return _Take.apply(x_TD, self)
 
     def join(self, x_tD: Tensor, num_tokens: int) -> Tensor:
-        """[t, D] -> [T, D]; the gradient, which every rank has whole, is cut."""
+        """[t, D] -> [T, D], T = `num_tokens`; the gradient, which every rank has whole, is cut."""
         return _Join.apply(x_tD, num_tokens, self)
 
     def gather(self, x_tD: Tensor, num_tokens: int) -> Tensor:
+        """`join`, without a gradient."""
         step = -(-num_tokens // self.size)
-        padded = nn.functional.pad(x_tD, (0, 0, 0, step - x_tD.shape[0])).contiguous()
-        whole = padded.new_empty(step * self.size, x_tD.shape[1])
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
-        return whole[:num_tokens]
+        padded_tD = nn.functional.pad(x_tD, (0, 0, 0, step - x_tD.shape[0]))
+        return self.comm.all_gather(padded_tD).flatten(0, 1)[:num_tokens]
 
 
 class _Take(torch.autograd.Function):
