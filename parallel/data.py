@@ -39,15 +39,20 @@ def repeated_blocks(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]
     return units
 
 
+def splits_tokens(mesh: Mesh) -> bool:
+    """Whether a rank's experts see other tokens than its dense part, so that their gradients are reduced apart."""
+    return mesh.sizes.ep > 1 or mesh.sizes.tp > 1
+
+
 def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
-    """Shard or replicate `model`, in place. Experts that `ep` has sharded go over their own copies only."""
-    sharded = [block for block in blocks if mesh.sizes.ep > 1]
+    """Shard or replicate `model`, in place. Experts of split tokens (ep, tp) go over their own copies only."""
+    sharded = [block for block in blocks if splits_tokens(mesh)]
     own = {id(param): param for block in sharded for param in _own_params(block)}
     # Parameters inside an experts module that all experts share (a norm after them): dense, but each rank's gradient
     # covers the rows of its own experts only, so it is summed over data ranks apart from the enclosing group.
     shared = [p for block in sharded for p in block.experts.parameters() if id(p) not in own]
     for param in shared:
-        _reduce_gradient(param, mesh.data_group, mesh.data_size)
+        _reduce_gradient(param, mesh.token_group, mesh.data_size)
     apart = set(shared)
     copies = mesh.sizes.edp * mesh.sizes.dp_replicate
     if plan.data == "fsdp2" and copies > 1:
@@ -119,7 +124,7 @@ def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, data_
             return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False)
         return local
 
-    if param.requires_grad and data_size > 1:
+    if param.requires_grad and (data_size > 1 or (group is not None and group.size() > 1)):
         param.register_hook(hook)
 
 

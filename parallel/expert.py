@@ -32,6 +32,7 @@ from moeweave.moe.layer import accumulate, unflatten
 from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.token_shares import TokenShares
 
 # (slice [e, ...], first expert of the slice, number of experts in it) -> the slice with an adapter's update.
 Delta = Callable[[Tensor, int, int], Tensor]
@@ -83,6 +84,7 @@ class ExpertCall:
         step_E: the same in training mode only, since the last update of the router's bias.
         kept_E: like load_E, after capacity dropped some; stays zero without a capacity.
         deltas: by parameter name, what low-rank adapters add to this rank's slice.
+        shares: how tp ranks, which all hold the same tokens, share them out; None without tp.
         masked: while True this rank's tokens are routed nowhere; it only serves the other ranks' rows.
     """
 
@@ -97,6 +99,7 @@ class ExpertCall:
         self.run_local = {"packed": self._packed, "stacked": self._stacked, "modulelist": self._listed}[block.kind]
         self.deltas: dict[str, Delta] = {}
         self.masked = False
+        self.shares: TokenShares | None = TokenShares(mesh.dense["tp"]) if mesh.sizes.tp > 1 else None
         self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)
         self.kept_E = torch.zeros_like(self.load_E)
         self.step_E = torch.zeros_like(self.load_E)
@@ -110,10 +113,16 @@ class ExpertCall:
         hidden, ids_TK, weights_TK = _seam_arguments(self.own_forward, args, kwargs)
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         ids_TK, weights_TK = self._routes(ids_TK, weights_TK)
+        num_tokens = x_TD.shape[0]
+        if self.shares is not None:
+            start, end = self.shares.bounds(num_tokens)
+            x_TD, ids_TK, weights_TK = self.shares.take(x_TD), ids_TK[start:end], self.shares.take(weights_TK)
         dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
         y_TD = self.dispatcher.combine(rows_RD, weights_TK, dispatched)
         y_TD = y_TD.to(hidden.dtype)
+        if self.shares is not None:
+            y_TD = self.shares.join(y_TD, num_tokens)
         return unflatten(y_TD, hidden.shape)
 
     def _routes(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +181,7 @@ class ExpertCall:
         for name, value in vars(self.block.experts).items():
             if type(value) is int and value == self.block.num_experts and "experts" in name and "_per_" not in name:
                 local[name] = self.num_local
-        with _shadowed(self.block.experts, local):
+        with shadowed(self.block.experts, local):
             ids_R1 = expert_R.unsqueeze(1)
             ones_R1 = torch.ones(ids_R1.shape, dtype=rows_RD.dtype, device=rows_RD.device)
             routes = (ones_R1, ids_R1) if self.weights_first else (ids_R1, ones_R1)
@@ -212,7 +221,7 @@ def _weights_first(forward: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def _shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
     """Attributes of the instance that hide the module's parameters of the same names while the block runs."""
     before = {name: module.__dict__[name] for name in values if name in module.__dict__}
     module.__dict__.update(values)

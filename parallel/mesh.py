@@ -111,6 +111,7 @@ class Mesh:
         device: `torch.device` of this rank.
         rank, world: of torch.distributed.
         data_group: all data ranks that share this rank's other coordinates (dp_replicate x dp).
+        token_group: all ranks whose experts see different tokens (dp_replicate x dp x sp x tp).
         copies_group: all ranks that hold the same experts as this one (dp_replicate x edp).
         data_rank, data_size: which part of the data this rank feeds, of how many. Ranks that share a batch (tp, sp, pp)
             have the same data_rank and are fed the same whole batch.
@@ -149,6 +150,8 @@ class Mesh:
         self.expert: DeviceMesh = init_device_mesh(kind, self.sizes.expert, mesh_dim_names=EXPERT_AXES)
         # Made now, by all ranks together: making a group is a collective.
         self.data_group: dist.ProcessGroup = self.dense["dp_replicate", "dp_shard"]._flatten("data").get_group()
+        tokens = self.dense["dp_replicate", "dp_shard", "sp", "tp"]._flatten("tokens")
+        self.token_group: dist.ProcessGroup = tokens.get_group()
         copies = self.expert["dp_replicate", "edp"]._flatten("expert_copies")
         self.copies_group: dist.ProcessGroup = copies.get_group()
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
-from moeweave.parallel.data import apply_data_parallel, repeated_blocks
+from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
 from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
 from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
@@ -19,6 +19,7 @@ from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
+from moeweave.parallel.tensor import apply_tensor_parallel
 
 logger = logging.getLogger("moeweave")
 
@@ -28,10 +29,11 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
 
     Numbered as they happen:
         1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
-        2. keep this rank's experts (DTensors over `ep`); dispatch, experts, combine take the place of the experts' call
-        3. checkpoint activations if the plan says so
-        4. shard or replicate the rest over the data ranks
-        5. make `model(**batch).loss` the rank's share of the global loss
+        2. split attention, MLPs, embeddings and head over `tp`, if there is such an axis
+        3. keep this rank's experts (DTensors over `ep`); dispatch, experts, combine take the place of the experts' call
+        4. checkpoint activations if the plan says so
+        5. shard or replicate the rest over the data ranks
+        6. make `model(**batch).loss` the rank's share of the global loss
 
     Parameter names stay; router, block, shared experts and classes stay. Parameters on the meta device stay there, to
     be filled by `mw.load`; others move to the mesh's device. All ranks must pass the same weights: they are not
@@ -58,10 +60,13 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
     for block in blocks:
         mesh.sizes.check_experts(block.num_experts, block.path)
+    _refuse_with_tp(model, mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     if not any(param.is_meta for param in model.parameters()):
         model.to(mesh.device)
 
+    if mesh.sizes.tp > 1:
+        apply_tensor_parallel(model, blocks, mesh.dense["tp"])
     calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     record = Record(mesh, plan, blocks, calls, layers, top_k_of(model), _aux_coef(model))
@@ -92,7 +97,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
     """One weight in two units that are sharded apart would become two, without a word."""
-    apart = [block.experts for block in blocks] if mesh.sizes.ep > 1 else []
+    apart = [block.experts for block in blocks] if splits_tokens(mesh) else []
     if plan.data == "fsdp2" and mesh.data_size > 1:
         apart = repeated_blocks(model, blocks) + apart
     unit_of = {id(module): index for index, unit in enumerate(apart) for module in unit.modules()}
@@ -108,12 +113,20 @@ def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pla
                 )
 
 
+def _refuse_with_tp(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
+    tp = mesh.sizes.tp
+    if tp > 1 and plan.data == "ddp":
+        raise ValueError(f"tp ({tp}) needs Plan(data='fsdp2'): DDP cannot hold split parameters.")
+    if tp > 1 and base_model(model) is not model:
+        raise ValueError(f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split.")
+
+
 def check_axes(sizes: MeshSizes) -> None:
     """Raise ValueError for an axis that `parallelize` does not spread models over."""
-    for axis in ("tp", "pp", "sp", "etp"):
+    for axis in ("pp", "sp", "etp"):
         size = getattr(sizes, axis)
         if size > 1:
-            raise ValueError(f"{axis} ({size}) must be 1: parallelize composes dp, dp_replicate and ep.")
+            raise ValueError(f"{axis} ({size}) must be 1: parallelize composes dp, dp_replicate, tp and ep.")
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:
