@@ -21,29 +21,29 @@ FORMATS = ("int8", "fp8", "fp8_group128")
 
 
 class _QuantizeRows(Implementation, Protocol):
-    def encode(self, rows_RD: Tensor, format: str) -> tuple[Tensor, Tensor]: ...
+    def encode(self, rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]: ...
 
 
 OP: Op[_QuantizeRows] = Op("quantize_rows", (npu_impl, reference))
 
 
-def encode(rows_RD: Tensor, format: str = "int8", *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def encode(rows_RD: Tensor, kind: str = "int8", *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Quantise each row: codes = rows / scales, scales = amax / 127 (int8) or amax / 448 (fp8).
 
     rows_RD: [R, D], floating point; R may be 0.
-    format: "int8", "fp8", or "fp8_group128" (D a multiple of 128).
+    kind: "int8", "fp8", or "fp8_group128" (D a multiple of 128).
     Returns codes [R, D], int8 or float8_e4m3fn, and scales float32 [R, G], never zero.
-    Raises ValueError on an unknown format, another shape or dtype, or an impl that cannot run.
+    Raises ValueError on an unknown kind, another shape or dtype, or an impl that cannot run.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}. Name one of them.")
+    if kind not in FORMATS:
+        raise ValueError(f"kind ({kind!r}) must be one of {', '.join(FORMATS)}. Name one of them.")
     if rows_RD.dim() != 2 or not rows_RD.is_floating_point() or rows_RD.shape[1] == 0:
         raise ValueError(
             f"rows ({rows_RD.dtype}, {tuple(rows_RD.shape)}) must be floating point [R, D], D > 0. Reshape or cast."
         )
-    if format == "fp8_group128" and rows_RD.shape[1] % reference.GROUP:
-        raise ValueError(f"columns ({rows_RD.shape[1]}) must be a multiple of 128 for {format!r}. Use format='fp8'.")
-    return select(OP, rows_RD, impl=_fitting(format, impl)).encode(rows_RD, format)
+    if kind == "fp8_group128" and rows_RD.shape[1] % reference.GROUP:
+        raise ValueError(f"columns ({rows_RD.shape[1]}) must be a multiple of 128 for {kind!r}. Use kind='fp8'.")
+    return select(OP, rows_RD, impl=_fitting(kind, impl)).encode(rows_RD, kind)
 
 
 def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -51,6 +51,6 @@ def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype = torch.bfloa
     return reference.decode(codes_RD, scales_RG, dtype)
 
 
-def _fitting(format: str, impl: str) -> str:
+def _fitting(kind: str, impl: str) -> str:
     """Only int8 has an implementation beside the reference."""
-    return "reference" if impl == "auto" and format != "int8" else impl
+    return "reference" if impl == "auto" and kind != "int8" else impl

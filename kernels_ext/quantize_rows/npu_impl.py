@@ -21,9 +21,9 @@ def supports(*tensors: Tensor) -> str | None:
     return npu.not_on_npu(*tensors)
 
 
-def encode(rows_RD: Tensor, format: str) -> tuple[Tensor, Tensor]:
+def encode(rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.encode`, for "int8"; the smallest scale is the same."""
-    if format != "int8":
-        raise ValueError(f"format ({format!r}) must be 'int8' for impl='npu'. Use impl='reference'.")
+    if kind != "int8":
+        raise ValueError(f"kind ({kind!r}) must be 'int8' for impl='npu'. Use impl='reference'.")
     codes_RD, scales_R = npu.call("npu_dynamic_quant", input=rows_RD)
     return codes_RD, scales_R.unsqueeze(1).clamp(min=torch.finfo(torch.float32).tiny)

@@ -20,22 +20,23 @@ def supports(*tensors: Tensor) -> str | None:
     return None
 
 
-def encode(rows_RD: Tensor, format: str) -> tuple[Tensor, Tensor]:
+def encode(rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Return codes [R, D] and scales float32 [R, G], amax over the row (or the group) by 127 or 448.
 
     Row [-2.54, 1.27] gives codes [-127, 64] (63.5 rounds to even) and scale 0.02. A row of zeros gives zeros and the
     smallest normal float32, which also bounds the scales of rows below it: nothing is divided by zero.
     """
     num_rows, dim = rows_RD.shape
-    grouped = rows_RD.float().view(num_rows, -1, GROUP if format == "fp8_group128" else dim)
-    most = INT8_MAX if format == "int8" else FP8_MAX
+    width = GROUP if kind == "fp8_group128" else dim
+    grouped = rows_RD.float().reshape(num_rows, dim // width, width)
+    most = INT8_MAX if kind == "int8" else FP8_MAX
     scales_RG = (grouped.abs().amax(-1) / most).clamp(min=_TINY)
     scaled = (grouped / scales_RG[..., None]).clamp(-most, most).reshape(num_rows, dim)
-    return (scaled.round().to(torch.int8) if format == "int8" else scaled.to(torch.float8_e4m3fn)), scales_RG
+    return (scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)), scales_RG
 
 
 def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype) -> Tensor:
     """Return codes times scales in `dtype`. Codes [-127, 64] with scale 0.02 give [-2.54, 1.28]."""
     num_rows, dim = codes_RD.shape
-    grouped = codes_RD.float().view(num_rows, scales_RG.shape[1], dim // scales_RG.shape[1])
+    grouped = codes_RD.float().reshape(num_rows, scales_RG.shape[1], dim // scales_RG.shape[1])
     return (grouped * scales_RG[..., None]).reshape(num_rows, dim).to(dtype)

@@ -4,7 +4,7 @@ arguments, and the number of results. Regenerate npu_schemas.json by extract_npu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,7 +69,7 @@ class Recorder:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(npu, "call", recorder)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
@@ -81,7 +81,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     grouped_mm_npu.forward(x(4, 16), x(2, 16, 8), offsets)
     grouped_mm_npu.weight_grad(x(4, 16), x(4, 8), offsets)
     quantize_npu.encode(x(4, 16), "int8")
-    yield recorder
+    return recorder
 
 
 def fits(value: Any, kind: str) -> bool:
