@@ -49,7 +49,7 @@ def hccl_config(
 
 def new_hccl_group(ranks: list[int], config: dict[str, int]) -> dist.ProcessGroup:
     """An hccl group of `ranks` with `hccl_config` of a plane; a collective over all ranks, on NPUs only."""
-    from torch_npu._C._distributed_c10d import ProcessGroupHCCL  # type: ignore[import-not-found]
+    from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
     options: Any = ProcessGroupHCCL.Options()
     if config:

@@ -1,4 +1,4 @@
-"""Reads operator schemas out of torch-npu wheels: `python extract_npu_schemas.py a.whl b.whl` rewrites npu_schemas.json.
+"""Reads operator schemas out of torch-npu wheels: `python extract_npu_schemas.py a.whl b.whl` writes npu_schemas.json.
 
 The wheels are read as archives, never installed. A release's entry holds the overloads of every operator that the
 library calls.
