@@ -28,7 +28,7 @@ class Plan:
     Attributes:
         data: engine of the data axes. "fsdp2" shards dense parameters over dp (and replicates over dp_replicate, HSDP);
             "ddp" keeps a full copy on every rank and all-reduces gradients.
-        dispatcher: "alltoall", "allgather", or "auto" (chosen from top-k and ep, logged once).
+        dispatcher: "alltoall", "allgather", "ascend" (inference on NPUs), or "auto" (from top-k and ep, logged once).
         combine: "exact", "prereduced", or None for the dispatcher's default.
         aux: whose tokens the load-balancing loss sees: "global" (all data ranks') or "rank" (each rank's own).
         capacity: an expert takes at most ceil(capacity * tokens * top_k / experts) routes of a rank; None drops none.

@@ -10,11 +10,17 @@ from torch.distributed import ProcessGroup
 from moeweave.comm.dispatch import TokenDispatcher
 from moeweave.comm.dispatchers.allgather import AllGatherDispatcher
 from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
+from moeweave.comm.dispatchers.ascend import make_ascend
+from moeweave.comm.dispatchers.ascend_limits import AscendOptions
 
 logger = logging.getLogger("moeweave")
 
 # What each dispatcher can return: a row a route, or one row a token and rank. The first is its default.
-COMBINES: dict[str, tuple[str, ...]] = {"alltoall": ("exact",), "allgather": ("exact", "prereduced")}
+COMBINES: dict[str, tuple[str, ...]] = {
+    "alltoall": ("exact",),
+    "allgather": ("exact", "prereduced"),
+    "ascend": ("exact",),
+}
 DISPATCHERS = (*COMBINES, "auto")
 
 
@@ -47,18 +53,25 @@ def choose(ep_size: int, top_k: int, combine: str | None) -> tuple[str, str]:
 
 
 def make_dispatcher(
-    name: str, group: ProcessGroup | None, num_experts: int, *, top_k: int = 1, combine: str | None = None
+    name: str,
+    group: ProcessGroup | None,
+    num_experts: int,
+    *,
+    top_k: int = 1,
+    combine: str | None = None,
+    ascend: AscendOptions | None = None,
 ) -> TokenDispatcher:
     """A dispatcher over `group` (None: this rank alone).
 
     Args:
-        name: "alltoall", "allgather" or "auto".
+        name: "alltoall", "allgather", "ascend" (inference on NPUs) or "auto", which picks one of the first two.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
         combine: "exact", "prereduced", or None for the dispatcher's default.
+        ascend: options of the dispatcher of that name, None for its defaults.
 
     Raises:
-        ValueError: unknown name or combine; experts that do not divide over the group.
+        ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU.
     """
     validate_choice(name, combine)
     size = 1 if group is None else group.size()
@@ -72,6 +85,8 @@ def make_dispatcher(
         _log_once(f"dispatcher auto -> {name}: {reason}")
     if name == "allgather":
         return AllGatherDispatcher(group, num_experts, combine or "exact")
+    if name == "ascend":
+        return make_ascend(group, num_experts, ascend or AscendOptions())
     return AllToAllDispatcher(group, num_experts)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moeweave.kernels_ext.grouped_mm import reference, torch_impl, upcast_impl
+from moeweave.kernels_ext.grouped_mm import npu_impl, reference, torch_impl, upcast_impl
 from moeweave.kernels_ext.registry import Implementation, Op, select
 
 __all__ = ["OP", "grouped_mm"]
@@ -26,7 +26,7 @@ class _GroupedMM(Implementation, Protocol):
 
 
 # Best first, from measurements that each file quotes; nothing is timed at run time.
-OP: Op[_GroupedMM] = Op("grouped_mm", (upcast_impl, torch_impl, reference))
+OP: Op[_GroupedMM] = Op("grouped_mm", (upcast_impl, npu_impl, torch_impl, reference))
 
 
 def grouped_mm(
@@ -39,7 +39,7 @@ def grouped_mm(
     rows_RD: [R, D], sorted by group; rows past offsets_e[-1] are never read and may hold anything.
     weight_EDF: [E, D, F] in the rows' dtype; a transposed view of [E, F, D] is as good, its gradient has that layout.
     offsets_e: [E] int32 on the rows' device, ascending; a group may be empty, R may be 0.
-    impl: "auto", or the name of an implementation ("upcast", "torch", "reference").
+    impl: "auto", or the name of an implementation ("upcast", "npu", "torch", "reference").
     exact: the caller knows that R == offsets_e[-1], which saves zeroing the tails.
     Returns rows_RF [R, F]; rows past offsets_e[-1] are zero, there and in the rows' gradient. The weight's gradient is
     always a tensor, zero for an empty group. Differentiable once.

@@ -48,9 +48,11 @@ def test_auto_says_what_it_chose_once(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     "name, combine, text",
     [
-        ("all2all", None, r"dispatcher \('all2all'\) must be one of alltoall, allgather, auto"),
+        ("all2all", None, r"dispatcher \('all2all'\) must be one of alltoall, allgather, ascend, auto"),
         ("alltoall", "prereduced", r"combine \('prereduced'\) must be one of exact with dispatcher='alltoall'"),
         ("allgather", "sum", r"combine \('sum'\) must be one of exact, prereduced"),
+        ("ascend", "prereduced", r"combine \('prereduced'\) must be one of exact with dispatcher='ascend'"),
+        ("ascend", None, r"backend \(none, one rank\) must be hccl .* Use Mesh\(device='npu'\)"),
         ("auto", "sum", r"combine \('sum'\) must be one of exact, prereduced with dispatcher='auto'"),
     ],
 )

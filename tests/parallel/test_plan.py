@@ -67,7 +67,7 @@ def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
         (dict(capacity="all"), "Plan.capacity ('all') must be positive"),
         (dict(capacity=float("nan")), "Plan.capacity (nan) must be positive"),
         (dict(recompute="yes"), "Plan.recompute ('yes') must be one of False, True."),
-        (dict(dispatcher="deepep"), "dispatcher ('deepep') must be one of alltoall, allgather, auto."),
+        (dict(dispatcher="deepep"), "dispatcher ('deepep') must be one of alltoall, allgather, ascend, auto."),
         (dict(dispatcher="alltoall", combine="prereduced"), "combine ('prereduced') must be one of exact"),
         (dict(data="ddp", dtype="bfloat16"), "Plan.dtype ('bfloat16') needs data='fsdp2'"),
         (dict(data=["ddp"]), "Plan.data (['ddp']) must be one of"),

@@ -1,0 +1,56 @@
+"""Rows quantised with a scale of their own: int8 a token, fp8 e4m3 a token or a group of 128 columns.
+
+`encode` picks its implementation; `decode` is one multiplication and has none to pick. Both are plain functions of
+data: straight-through gradients belong to whoever sends the rows.
+Letters: R rows, D columns, G groups of columns (1, or D / 128).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moeweave.kernels_ext.quantize_rows import npu_impl, reference
+from moeweave.kernels_ext.registry import Implementation, Op, select
+
+__all__ = ["FORMATS", "OP", "decode", "encode"]
+
+FORMATS = ("int8", "fp8", "fp8_group128")
+
+
+class _QuantizeRows(Implementation, Protocol):
+    def encode(self, rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]: ...
+
+
+OP: Op[_QuantizeRows] = Op("quantize_rows", (npu_impl, reference))
+
+
+def encode(rows_RD: Tensor, kind: str = "int8", *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Quantise each row: codes = rows / scales, scales = amax / 127 (int8) or amax / 448 (fp8).
+
+    rows_RD: [R, D], floating point; R may be 0.
+    kind: "int8", "fp8", or "fp8_group128" (D a multiple of 128).
+    Returns codes [R, D], int8 or float8_e4m3fn, and scales float32 [R, G], never zero.
+    Raises ValueError on an unknown kind, another shape or dtype, or an impl that cannot run.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"kind ({kind!r}) must be one of {', '.join(FORMATS)}. Name one of them.")
+    if rows_RD.dim() != 2 or not rows_RD.is_floating_point() or rows_RD.shape[1] == 0:
+        raise ValueError(
+            f"rows ({rows_RD.dtype}, {tuple(rows_RD.shape)}) must be floating point [R, D], D > 0. Reshape or cast."
+        )
+    if kind == "fp8_group128" and rows_RD.shape[1] % reference.GROUP:
+        raise ValueError(f"columns ({rows_RD.shape[1]}) must be a multiple of 128 for {kind!r}. Use kind='fp8'.")
+    return select(OP, rows_RD, impl=_fitting(kind, impl)).encode(rows_RD, kind)
+
+
+def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Codes [R, D] and scales [R, G] -> rows [R, D] in `dtype`, multiplied in float32 and rounded once."""
+    return reference.decode(codes_RD, scales_RG, dtype)
+
+
+def _fitting(kind: str, impl: str) -> str:
+    """Only int8 has an implementation beside the reference."""
+    return "reference" if impl == "auto" and kind != "int8" else impl
