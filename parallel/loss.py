@@ -155,6 +155,14 @@ def end_step(tokens: Any) -> None:
     _known_tokens.reset(tokens[1])
 
 
+def balances(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """True if `model(**batch)` adds transformers' load-balancing loss to its own."""
+    if "output_router_logits" not in inspect.signature(model.forward).parameters:
+        return False
+    asked = batch.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
+
+
 def labels_optional(model: nn.Module) -> bool:
     """True if the model's forward runs without labels."""
     found = inspect.signature(model.forward).parameters.get("labels")

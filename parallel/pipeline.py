@@ -92,7 +92,7 @@ class Pipeline:
         self.share = 1.0 / count if num_items is None else 1.0
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
         self.parts = [{**part, **extra} for part in parts]
-        self.aux_on = self._balances(batch)
+        self.aux_on = self.num_experts > 0 and losses.balances(self.model, batch)
         for layer in record.layers:
             layer.aux_share = 1.0 / count
         token = losses.begin_step(labels, count, {key: value / count for key, value in known.items()})
@@ -179,11 +179,6 @@ class Pipeline:
             batch.pop("shift_labels", None)
         else:
             batch["labels"] = torch.full_like(batch["labels"], losses.IGNORED_LABEL)
-
-    def _balances(self, batch: dict[str, Any]) -> bool:
-        config: Any = getattr(self.model, "config", None)
-        asked = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
-        return bool(asked) and self.record.aux_coef != 0.0 and self.num_experts > 0
 
 
 def _width(model: nn.Module) -> int:

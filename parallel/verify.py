@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
 from moeweave.parallel.grad_norm import clip_grad_norm_
-from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of, split
+from moeweave.parallel.loss import IGNORED_LABEL, balances, forward_backward, loss_of, split
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
@@ -125,8 +125,7 @@ def _reference_step(model: nn.Module, batches: list[Batch], count: int, mesh: Me
     """Loss of the whole batch in one process, gradients in `.grad`. A balance loss is not a sum over rows: with
     micro-batches it is that of each (over all data ranks), averaged."""
     whole = concatenate(batches, mesh.device)
-    balanced = count > 1 and getattr(getattr(model, "config", None), "output_router_logits", False)
-    if not balanced:
+    if count == 1 or not balances(model, whole):
         loss = loss_of(model(**whole))
         loss.backward()
         return loss.detach()
