@@ -118,7 +118,7 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
         if width is None:
             raise UnsupportedModel(f"{type(model).__name__} has no nn.Embedding to tell its width by. Set pp=1.")
         vars(model)["_moeweave_width"] = width
-    return cut_model(model, blocks, layout, mesh.dense.get_local_rank("pp"))
+    return cut_model(model, blocks, layout, mesh.dense.get_local_rank("pp"), top_k_of(model))
 
 
 def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:

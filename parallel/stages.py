@@ -7,6 +7,7 @@ in what was received, the one after its last layer takes out what is sent. Names
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ class Cut:
                 parent._modules[name] = module
 
 
-def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: int) -> Cut:
+def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: int, top_k: int) -> Cut:
     """Keep the layers of this rank's stages, the embeddings with the first stage and the rest with the last, in place.
 
     Raises:
@@ -109,8 +110,8 @@ def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: in
     layers = _layer_list(model, blocks)
     before, after = _outside(model, layers)
     _refuse_ties(model, layers, before, after)
-    costs = [_cost(layer, blocks) for layer in layers]
-    head_cost = sum(_cost(parent._modules[name], []) for parent, name in after)
+    costs = [_cost(layer, blocks, top_k) for layer in layers]
+    head_cost = sum(_cost(parent._modules[name], [], top_k) for parent, name in after)
     shares = share_out(costs, layout.num_stages, 0, head_cost)
     cut = Cut(Border(), shares)
     last = layout.num_stages - 1
@@ -166,7 +167,7 @@ def share_out(costs: list[int], num_stages: int, first: int, last: int) -> list[
             for end in range(stage + 1, num_layers + 1)
         }
     starts = [*best[num_layers][1], num_layers]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def _entry(index: int, share: range, layer: nn.Module, border: Border) -> nn.Module:
@@ -225,8 +226,8 @@ def _refuse_ties(model: nn.Module, layers: nn.ModuleList, before: Slots, after: 
                 )
 
 
-def _cost(module: nn.Module | None, blocks: list[MoEBlock]) -> int:
-    """Parameters that a token uses: of experts, two of them (a typical top-k; equal in all layers)."""
+def _cost(module: nn.Module | None, blocks: list[MoEBlock], top_k: int) -> int:
+    """Parameters that a token uses: of the experts, `top_k`."""
     if module is None:
         return 0
     total = sum(param.numel() for param in module.parameters())
@@ -234,5 +235,5 @@ def _cost(module: nn.Module | None, blocks: list[MoEBlock]) -> int:
     for block in blocks:
         if id(block.experts) in inside:
             experts = sum(param.numel() for param in block.experts.parameters())
-            total -= experts - experts * min(2, block.num_experts) // block.num_experts
+            total -= experts - experts * min(top_k, block.num_experts) // block.num_experts
     return total

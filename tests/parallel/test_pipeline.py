@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hf_zoo
 import plain_models
 from moeweave.parallel.checkpoint import load, save
+from moeweave.parallel.hf.io import from_pretrained, save_pretrained
 from moeweave.parallel.loss import forward_backward
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
@@ -141,8 +143,8 @@ def test_what_is_refused(overrides: dict[str, Any], plan: dict[str, Any], microb
 
 
 def test_layers_are_shared_out_by_cost() -> None:
-    assert share_out([1, 1, 1, 1], 2, 0, 2) == [range(0, 3), range(3, 4)]
-    assert share_out([5, 1, 1, 1], 2, 0, 0) == [range(0, 1), range(1, 4)]
+    assert share_out([1, 1, 1, 1], 2, 0, 2) == [range(3), range(3, 4)]
+    assert share_out([5, 1, 1, 1], 2, 0, 0) == [range(1), range(1, 4)]
     with pytest.raises(ValueError, match="1 to 3"):
         share_out([1, 1, 1], 4, 0, 0)
 
@@ -150,3 +152,22 @@ def test_layers_are_shared_out_by_cost() -> None:
 def test_stages_of_ranks() -> None:
     assert [Layout("interleaved", 2).stages_of(rank) for rank in range(2)] == [[0, 2], [1, 3]]
     assert [Layout("dualpipev", 2).stages_of(rank) for rank in range(2)] == [[0, 3], [1, 2]]
+
+
+def hugging_face_folder(path: str) -> tuple[bool, float, float]:
+    """Whether a folder written from stages is read back into stages; losses before and after."""
+    mesh = Mesh(pp=2)
+    model = parallelize(hf_zoo.build("mixtral", num_hidden_layers=4), mesh)
+    save_pretrained(model, path)
+    again = from_pretrained(path, mesh, output_router_logits=True).train()
+    want = dict(model.named_parameters())
+    same = all(torch.equal(param, want[name]) for name, param in again.named_parameters())
+    batch = hf_zoo.make_batch("mixtral", 0, rows=4)
+    return same, float(forward_backward(model, batch, 2)), float(forward_backward(again, batch, 2))
+
+
+def test_hugging_face_folders(tmp_path: Any) -> None:
+    for same, before, after in run_ranks(2, hugging_face_folder, str(tmp_path / "folder")):
+        assert same
+        assert before == after
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "folder").model.layers) == 4
