@@ -88,7 +88,7 @@ class Cut:
     @contextmanager
     def viewing(self, stage: int) -> Iterator[None]:
         """The model has the layers of `stage` alone inside."""
-        before = [(parent, name, parent._modules[name]) for parent, name, _ in self.views[stage]]
+        saved = [(parent, name, parent._modules[name]) for parent, name, _ in self.views[stage]]
         for parent, name, module in self.views[stage]:
             parent._modules[name] = module
         self.border.running = True
@@ -96,8 +96,8 @@ class Cut:
             yield
         finally:
             self.border.running = False
-            for parent, name, module in before:
-                parent._modules[name] = module
+            for parent, name, original in saved:
+                parent._modules[name] = original
 
 
 def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: int, top_k: int) -> Cut:
@@ -118,7 +118,9 @@ def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: in
     mine = layout.stages_of(rank)
     originals = list(layers)
     for stage in mine:
-        view = [(layers, str(i), _entry(i, shares[stage], each, cut.border)) for i, each in enumerate(originals)]
+        view: list[tuple[nn.Module, str, nn.Module]] = [
+            (layers, str(i), _entry(i, shares[stage], each, cut.border)) for i, each in enumerate(originals)
+        ]
         parts = [originals[i] for i in shares[stage]]
         for slots, home, stub in ((before, 0, _Receives), (after, last, None)):
             for parent, name in slots:
@@ -176,6 +178,16 @@ def _entry(index: int, share: range, layer: nn.Module, border: Border) -> nn.Mod
     if index == share.start - 1:
         return _Receives(layer, border)
     return _Sends(layer, border) if index == share.stop else Hole(layer)
+
+
+def refuse_folders(model: nn.Module) -> None:
+    """Raise ValueError for a model cut into stages: Hugging Face folders are read and written whole."""
+    record = vars(model).get("_moeweave")
+    if record is not None and record.mesh.sizes.pp > 1:
+        raise ValueError(
+            f"Hugging Face folders are not read or written under pp ({record.mesh.sizes.pp}). Use moeweave.save and "
+            "moeweave.load, or a mesh with pp=1."
+        )
 
 
 def _layer_list(model: nn.Module, blocks: list[MoEBlock]) -> nn.ModuleList:

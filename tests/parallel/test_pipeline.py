@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import hf_zoo
 import plain_models
 from moeweave.parallel.checkpoint import load, save
-from moeweave.parallel.hf.io import from_pretrained, save_pretrained
+from moeweave.parallel.hf.io import save_pretrained
 from moeweave.parallel.loss import forward_backward
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
@@ -154,20 +153,10 @@ def test_stages_of_ranks() -> None:
     assert [Layout("dualpipev", 2).stages_of(rank) for rank in range(2)] == [[0, 3], [1, 2]]
 
 
-def hugging_face_folder(path: str) -> tuple[bool, float, float]:
-    """Whether a folder written from stages is read back into stages; losses before and after."""
-    mesh = Mesh(pp=2)
-    model = parallelize(hf_zoo.build("mixtral", num_hidden_layers=4), mesh)
-    save_pretrained(model, path)
-    again = from_pretrained(path, mesh, output_router_logits=True).train()
-    want = dict(model.named_parameters())
-    same = all(torch.equal(param, want[name]) for name, param in again.named_parameters())
-    batch = hf_zoo.make_batch("mixtral", 0, rows=4)
-    return same, float(forward_backward(model, batch, 2)), float(forward_backward(again, batch, 2))
+def hugging_face_folder(path: str) -> None:
+    save_pretrained(parallelize(hf_zoo.build("mixtral"), Mesh(pp=2)), path)
 
 
-def test_hugging_face_folders(tmp_path: Any) -> None:
-    for same, before, after in run_ranks(2, hugging_face_folder, str(tmp_path / "folder")):
-        assert same
-        assert before == after
-    assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "folder").model.layers) == 4
+def test_hugging_face_folders_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(RankError, match="not read or written under pp"):
+        run_ranks(2, hugging_face_folder, str(tmp_path / "folder"))
