@@ -257,7 +257,7 @@ def refuse(what: str) -> str:
         ("indivisible", "ep (2) must divide the number of experts (5) of experts. On this many ranks ep can be 1."),
         ("unwrapped", "Model is not wrapped yet: call moeweave.parallelize(model, mesh) first."),
         *(
-            (axis, f"{axis} (2) must be 1: parallelize composes dp, dp_replicate and ep.")
+            (axis, f"{axis} (2) must be 1: parallelize composes pp, dp, dp_replicate and ep.")
             for axis in ("tp", "pp", "sp")
         ),
     ],
