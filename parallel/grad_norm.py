@@ -72,6 +72,8 @@ def _global_norm(grads: list[tuple[Tensor, bool]], p: float, record: Record) -> 
         for group in groups[key]:
             dist.all_reduce(part, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
         total = torch.maximum(total, part) if infinite else total + part
+    if record.mesh.sizes.pp > 1:
+        dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=record.mesh.group("pp"))
     return (total if infinite else total ** (1.0 / p)).to(narrow)
 
 

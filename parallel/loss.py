@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -36,6 +37,8 @@ _LABEL_LOSSES = {
 
 # The labels of the step under way and its number of micro-batches, while `forward_backward` runs more than one.
 _whole_step: ContextVar[tuple[Tensor, int] | None] = ContextVar("moeweave_step", default=None)
+# Under pp the last stage alone computes a loss, so what `global_tokens` answers is agreed on before the step.
+_known_tokens: ContextVar[dict[bool, Tensor] | None] = ContextVar("moeweave_tokens", default=None)
 
 
 def _is_part_of(labels: Tensor, whole: Tensor) -> bool:
@@ -59,6 +62,9 @@ def global_tokens(labels: Tensor, *, shifted: bool = False) -> Tensor:
     Returns:
         float32 scalar, at least 1 / ranks.
     """
+    known = _known_tokens.get()
+    if known is not None:
+        return known[shifted]
     step = _whole_step.get()
     parts = 1
     if step is not None and _is_part_of(labels, step[0]):
@@ -86,7 +92,11 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
         ValueError: fewer rows than micro-batches. TypeError: the model returned no loss.
     """
     record = record_of(model)
-    parts = _split(batch, microbatches)
+    if record.pipeline is not None:
+        total: Tensor | None = record.pipeline.forward_backward(batch, microbatches)
+        assert total is not None
+        return total
+    parts = split(batch, microbatches)
     extra: dict[str, Any] = {}
     summed = record.takes_num_items and batch.get("num_items_in_batch") is not None
     if microbatches > 1 and record.takes_num_items and not summed:
@@ -97,7 +107,7 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     record.aux_share = 1.0 / microbatches if summed else 1.0
     for layer in record.layers:
         layer.aux_share = 1.0 / microbatches
-    total: Tensor | None = None
+    total = None
     labels = batch.get("labels")
     step = _whole_step.set((labels, microbatches) if isinstance(labels, Tensor) and microbatches > 1 else None)
     try:
@@ -134,7 +144,32 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
-def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+def begin_step(labels: Tensor, parts: int, known: dict[bool, Tensor]) -> Any:
+    """Until `end_step`, `global_tokens` answers `known` without communication."""
+    return _whole_step.set((labels, parts)), _known_tokens.set(known)
+
+
+def end_step(tokens: Any) -> None:
+    """Undo `begin_step`."""
+    _whole_step.reset(tokens[0])
+    _known_tokens.reset(tokens[1])
+
+
+def balances(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """True if `model(**batch)` adds transformers' load-balancing loss to its own."""
+    if "output_router_logits" not in inspect.signature(model.forward).parameters:
+        return False
+    asked = batch.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
+
+
+def labels_optional(model: nn.Module) -> bool:
+    """True if the model's forward runs without labels."""
+    found = inspect.signature(model.forward).parameters.get("labels")
+    return found is None or found.default is not found.empty
+
+
+def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     if parts == 1:
         return [batch]
     rows = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()}
@@ -242,25 +277,46 @@ def global_aux_loss(logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor 
         aux_local: what the model computed from this rank's tokens; checked against the formula at the first call.
     """
     num_experts = logits[0].shape[-1]
-    counts_E = logits[0].new_zeros(num_experts, dtype=torch.float32)
-    probs_E, rows = counts_E, counts_E.new_zeros(())
+    sums = balance_sums(logits, mask, record.top_k, logits[0].new_zeros(2 * num_experts + 1, dtype=torch.float32))
+    if not record.aux_checked:
+        _check_formula(_switch_loss(sums), aux_local, logits[0].dtype, record)
+        record.aux_checked = True
+    return balance_loss(sums, record)
+
+
+def balance_sums(logits: Iterable[Tensor], mask: Tensor | None, top_k: int, before: Tensor) -> Tensor:
+    """`before` plus what the load-balancing loss needs of layers: routes [E], probability [E] and rows [1], in one.
+
+    Args:
+        logits: router logits [T, E] of each layer. mask: attention mask [B, S] with B * S = T, or None.
+        before: [2 E + 1] of the layers so far.
+    """
     flat = None if mask is None or mask.dim() != 2 else mask.reshape(-1).to(torch.float32)
     for layer_TE in logits:
         probs_TE = torch.softmax(layer_TE, dim=-1)
         chosen_TE = torch.zeros_like(probs_TE, dtype=torch.float32).scatter_(
-            1, torch.topk(probs_TE, record.top_k, dim=-1).indices, 1.0
+            1, torch.topk(probs_TE, top_k, dim=-1).indices, 1.0
         )
         kept = flat if flat is not None and flat.numel() == layer_TE.shape[0] else None
         probs_TE = probs_TE.float()
+        rows = before.new_full((1,), layer_TE.shape[0])
         if kept is not None:
             chosen_TE, probs_TE = chosen_TE * kept.unsqueeze(1), probs_TE * kept.unsqueeze(1)
-        counts_E, probs_E = counts_E + chosen_TE.sum(0), probs_E + probs_TE.sum(0)
-        rows = rows + (layer_TE.shape[0] if kept is None else kept.sum())
-    if not record.aux_checked:
-        _check_formula(num_experts * (counts_E * probs_E).sum() / rows**2, aux_local, logits[0].dtype, record)
-        record.aux_checked = True
-    stats = _SumOverData.apply(torch.cat([counts_E, probs_E, rows.reshape(1)]), record)
-    counts_E, probs_E, rows = stats[:num_experts].detach(), stats[num_experts:-1], stats[-1].detach()
+            rows = kept.sum().reshape(1)
+        before = before + torch.cat([chosen_TE.sum(0), probs_TE.sum(0), rows])
+    return before
+
+
+def balance_loss(sums: Tensor, record: Record) -> Tensor:
+    """The loss of `balance_sums`, those of all data ranks together if the plan says so."""
+    if record.plan.aux == "global" and record.mesh.data_size > 1:
+        sums = _SumOverData.apply(sums, record)
+    return _switch_loss(sums)
+
+
+def _switch_loss(sums: Tensor) -> Tensor:
+    num_experts = sums.numel() // 2
+    counts_E, probs_E, rows = sums[:num_experts].detach(), sums[num_experts:-1], sums[-1].detach()
     return num_experts * (counts_E * probs_E).sum() / rows**2
 
 

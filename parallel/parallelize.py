@@ -16,9 +16,12 @@ from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh, MeshSizes
+from moeweave.parallel.pipeline import Pipeline, refuse_generate
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
+from moeweave.parallel.schedules import Layout
+from moeweave.parallel.stages import Cut, cut_model
 from moeweave.parallel.tensor import apply_tensor_parallel
 
 logger = logging.getLogger("moeweave")
@@ -62,6 +65,12 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         mesh.sizes.check_experts(block.num_experts, block.path)
     _refuse_with_tp(model, mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
+    num_experts = blocks[0].num_experts if blocks else 0
+    top_k = top_k_of(model)
+    layout = Layout(plan.schedule, mesh.sizes.pp)
+    cut = _cut(model, blocks, mesh, plan, layout) if mesh.sizes.pp > 1 else None
+    if cut is not None:
+        blocks = find_moe_blocks(model)
     if not any(param.is_meta for param in model.parameters()):
         model.to(mesh.device)
 
@@ -69,7 +78,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         apply_tensor_parallel(model, blocks, mesh.dense["tp"])
     calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    record = Record(mesh, plan, blocks, calls, layers, top_k_of(model), _aux_coef(model))
+    record = Record(mesh, plan, blocks, calls, layers, top_k, _aux_coef(model))
     # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
     core = base_model(model)
     if plan.recompute:
@@ -78,6 +87,10 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     apply_data_parallel(core, blocks, mesh, plan)
     install_loss_hooks(core, record)
     install_lockstep(core, record)
+    if cut is not None:
+        record.pipeline = Pipeline(core, cut, layout, record, num_experts)
+        if hasattr(core, "generate"):
+            vars(core)["generate"] = refuse_generate
     if core is not model:
         call_with_hooks(core)
         vars(core)["_moeweave"] = record
@@ -93,6 +106,24 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 f"{path or 'the model'} ({type(module).__name__}) is wrapped already. Build the model anew, and wrap "
                 "it once and as a whole."
             )
+
+
+def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layout: Layout) -> Cut:
+    if base_model(model) is not model:
+        raise ValueError("pp does not cut models that peft wraps. Set pp=1, or merge_and_unload() the adapters.")
+    if mesh.data_size > 1 and plan.data == "ddp":
+        raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
+    if layout.splits_backward and (mesh.data_size > 1 or plan.dtype is not None):
+        raise ValueError(
+            f"Plan.schedule ({plan.schedule!r}) computes gradients of weights past the hooks that reduce them over "
+            "data ranks. Use '1f1b', 'gpipe' or 'interleaved', or one data rank and no Plan.dtype."
+        )
+    if not hasattr(model, "config"):
+        width = next((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)), None)
+        if width is None:
+            raise UnsupportedModel(f"{type(model).__name__} has no nn.Embedding to tell its width by. Set pp=1.")
+        vars(model)["_moeweave_width"] = width
+    return cut_model(model, blocks, layout, mesh.dense.get_local_rank("pp"), top_k_of(model))
 
 
 def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
@@ -123,10 +154,12 @@ def _refuse_with_tp(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
 
 def check_axes(sizes: MeshSizes) -> None:
     """Raise ValueError for an axis that `parallelize` does not spread models over."""
-    for axis in ("pp", "sp", "etp"):
+    for axis in ("sp", "etp"):
         size = getattr(sizes, axis)
         if size > 1:
-            raise ValueError(f"{axis} ({size}) must be 1: parallelize composes dp, dp_replicate, tp and ep.")
+            raise ValueError(f"{axis} ({size}) must be 1: parallelize composes pp, dp, dp_replicate, tp and ep.")
+    if sizes.tp > 1 and sizes.pp > 1:
+        raise ValueError(f"tp ({sizes.tp}) must be 1 with pp ({sizes.pp}): stages cannot be split yet. Set one to 1.")
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:

@@ -10,6 +10,7 @@ import torch
 
 from moeweave.comm.dispatchers.select import validate_choice
 from moeweave.parallel.keywords import names_nearest, unknown_keyword
+from moeweave.parallel.schedules import SCHEDULES
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data": ("fsdp2", "ddp"),
@@ -17,6 +18,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": (None, "float32", "bfloat16"),
     "drop": ("probability", "position"),
     "recompute": (False, True),
+    "schedule": SCHEDULES,
 }
 
 
@@ -34,6 +36,8 @@ class Plan:
         capacity: an expert takes at most ceil(capacity * tokens * top_k / experts) routes of a rank; None drops none.
         drop: which routes go when an expert is over capacity: the least probable, or the last by position.
         dtype: compute dtype ("bfloat16"); parameters, gradients and reductions stay as the model has them. None: as is.
+        schedule: of the pipeline, with pp > 1: "1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev" (the last
+            three with two stages a rank).
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
 
     Raises:
@@ -49,6 +53,7 @@ class Plan:
     drop: str = "probability"
     dtype: str | None = None
     recompute: bool = False
+    schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ class Record:
     labels_shifted: position s of the labels is the label of position s, not of s - 1.
     num_items: `num_items_in_batch` of the call under way.
     aux_share: weight of the aux loss in the call under way (1 / micro-batches).
+    pipeline: the `Pipeline` that runs the model's stages, under pp.
     aux_checked: the model's aux loss was seen to follow the formula.
     """
 
@@ -43,6 +45,7 @@ class Record:
     num_items: Tensor | None = None
     aux_share: float = 1.0
     aux_checked: bool = False
+    pipeline: Any = None
 
 
 def record_of(model: nn.Module) -> Record:
@@ -58,7 +61,8 @@ def record_of(model: nn.Module) -> Record:
 
 
 def expert_load(model: nn.Module, *, reset: bool = False) -> dict[str, Tensor]:
-    """Routes per expert of this rank's tokens since the last reset, by path of the experts: int64 [num_experts]."""
+    """Routes per expert of this rank's tokens since the last reset, by path of the experts: int64 [num_experts]. Under
+    pp of the layers of this rank's stages."""
     record = record_of(model)
     load = {block.path: call.load_E.clone() for block, call in zip(record.blocks, record.calls, strict=True)}
     if reset:
@@ -84,6 +88,8 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     """
     record = record_of(model)
     biased = [(block, call) for block, call in zip(record.blocks, record.calls, strict=True) if block.correction_bias]
+    if not biased and record.pipeline is not None:
+        return  # another stage has the routers
     if not biased:
         raise ValueError(
             f"{type(model).__name__} has no router with an e_score_correction_bias to update. Use the auxiliary loss."

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
 from moeweave.parallel.grad_norm import clip_grad_norm_
-from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of
+from moeweave.parallel.loss import IGNORED_LABEL, balances, forward_backward, loss_of, split
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
@@ -63,6 +63,7 @@ def gradient_parity(
     plan: Plan | None = None,
     *,
     prepare: Callable[[nn.Module], None] | None = None,
+    microbatches: int | None = None,
 ) -> ParityReport:
     """Compare one step of `parallelize(build_model(), mesh, plan)` with the unwrapped model in one process.
 
@@ -71,6 +72,8 @@ def gradient_parity(
     Args:
         build_model: gives the same weights at every call, on every rank.
         make_batch: data rank -> keyword arguments of the model's forward.
+        microbatches: of the wrapped model's step; by default 1, under pp the fewest that every schedule takes.
+            A balance loss is that of each micro-batch over all data ranks, averaged, on both sides.
         prepare: called on both models before use, e.g. to switch on options.
 
     Returns:
@@ -88,11 +91,10 @@ def gradient_parity(
         model.train()
         if prepare is not None:
             prepare(model)
-    whole = concatenate([make_batch(rank) for rank in range(mesh.data_size)], mesh.device)
-    reference_loss = loss_of(reference(**whole))
-    reference_loss.backward()
-    reference_loss = reference_loss.detach()
-    loss = forward_backward(wrapped, concatenate([make_batch(mesh.data_rank)], mesh.device))
+    count = microbatches or (1 if mesh.sizes.pp == 1 else 2 * mesh.sizes.pp)
+    batches = [concatenate([make_batch(rank)], mesh.device) for rank in range(mesh.data_size)]
+    reference_loss = _reference_step(reference, batches, count, mesh)
+    loss = forward_backward(wrapped, batches[mesh.data_rank], count)
 
     dtype = plan.torch_dtype or next(p.dtype for p in reference.parameters() if p.is_floating_point())
     wanted = {name: param.grad for name, param in reference.named_parameters()}
@@ -117,6 +119,26 @@ def gradient_parity(
         norm_error=_difference(norm, reference_norm),
         tolerance=TOLERANCE[dtype],
     )
+
+
+def _reference_step(model: nn.Module, batches: list[Batch], count: int, mesh: Mesh) -> Tensor:
+    """Loss of the whole batch in one process, gradients in `.grad`. A balance loss is not a sum over rows: with
+    micro-batches it is that of each (over all data ranks), averaged."""
+    whole = concatenate(batches, mesh.device)
+    if count == 1 or not balances(model, whole):
+        loss = loss_of(model(**whole))
+        loss.backward()
+        return loss.detach()
+    counted = (whole["labels"][:, 1:] != IGNORED_LABEL).sum()
+    parts = [split(batch, count) for batch in batches]
+    total = torch.zeros((), device=mesh.device)
+    for index in range(count):
+        output = model(**concatenate([part[index] for part in parts], mesh.device), num_items_in_batch=counted)
+        coef = getattr(model, "router_aux_loss_coef", 0.0)
+        loss = output.loss + coef * output.aux_loss * (1.0 / count - 1.0)
+        loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def _norm(grads: list[Tensor]) -> Tensor:

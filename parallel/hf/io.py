@@ -31,6 +31,7 @@ from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.names import model_class, named_params, named_state, tied_groups, unwrap
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.stages import refuse_folders
 from moeweave.parallel.staging import publish, settle, stage
 
 logger = logging.getLogger("moeweave")
@@ -105,6 +106,7 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: int |
         CheckpointError: the folder cannot be written; a size that is none.
     """
     model, folder = unwrap(model), Path(path)
+    refuse_folders(model)
     if has_adapters(model):
         return _save_adapters(model, folder)
     with together():

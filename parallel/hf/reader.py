@@ -25,6 +25,7 @@ from moeweave.parallel.hf.files import WeightsFolder
 from moeweave.parallel.hf.peft_files import has_adapters
 from moeweave.parallel.materialize import materialize, on_meta
 from moeweave.parallel.names import listed, model_class, named_state, tied_groups, unwrap
+from moeweave.parallel.stages import refuse_folders
 
 logger = logging.getLogger("moeweave")
 
@@ -39,6 +40,7 @@ def load_weights(path: Path, model: nn.Module, device: torch.device | str) -> No
         CheckpointError: a damaged folder; names that the folder lacks; another shape; tied weights that differ.
     """
     model = unwrap(model)
+    refuse_folders(model)
     with together():
         if has_adapters(model):
             raise CheckpointError(

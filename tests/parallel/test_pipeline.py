@@ -1,0 +1,162 @@
+"""Pipeline stages: the same loss, gradients and norm as one process, on every mesh and schedule that is supported."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import hf_zoo
+import plain_models
+from moeweave.parallel.checkpoint import load, save
+from moeweave.parallel.hf.io import save_pretrained
+from moeweave.parallel.loss import forward_backward
+from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.parallelize import parallelize
+from moeweave.parallel.plan import Plan
+from moeweave.parallel.schedules import Layout
+from moeweave.parallel.stages import share_out
+from moeweave.parallel.verify import ParityReport, gradient_parity
+from run_ranks import RankError, run_ranks
+
+MODELS = ["mixtral", "qwen3_moe", "deepseek_v3"]
+PP2 = dict(pp=2)
+PP2_DP2 = dict(pp=2, dp=2)
+PP2_EP2 = dict(pp=2, dp=2, ep=2)
+
+
+def prove(name: str, sizes: dict[str, int], schedules: list[str]) -> list[ParityReport]:
+    mesh = Mesh(**sizes)
+    if name == "packed":
+        build, make_batch = partial(plain_models.build, name, num_layers=4), partial(plain_models.make_batch, rows=4)
+    else:
+        build = partial(hf_zoo.build, name, num_hidden_layers=4)
+        make_batch = partial(hf_zoo.make_batch, name, rows=4)
+    return [gradient_parity(build, make_batch, mesh, Plan(schedule=each)) for each in schedules]
+
+
+def check(name: str, sizes: dict[str, int], schedules: list[str]) -> None:
+    for reports in run_ranks(sizes["pp"] * sizes.get("dp", 1), prove, name, sizes, schedules):
+        for report in reports:
+            assert report.worst <= 1e-5, (report.worst_name, report.worst)
+            assert report.loss_error <= 1e-5
+            assert report.norm_error <= 1e-6
+
+
+@pytest.mark.parametrize("name", [*MODELS, "packed"])
+def test_parity_of_all_schedules_on_two_stages(name: str) -> None:
+    check(name, PP2, ["1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev"])
+
+
+@pytest.mark.parametrize("sizes", [PP2_DP2, PP2_EP2], ids=["dp", "ep"])
+@pytest.mark.parametrize("name", MODELS)
+def test_parity_with_data_and_expert_ranks(name: str, sizes: dict[str, int]) -> None:
+    check(name, sizes, ["1f1b", "gpipe", "interleaved"])
+
+
+def step_and_count(schedule: str) -> tuple[int, str, str]:
+    """Dispatches of one step on this rank; what a direct call, and generate, say."""
+    mesh = Mesh(pp=2)
+    model = parallelize(hf_zoo.build("mixtral", num_hidden_layers=4), mesh, Plan(schedule=schedule))
+    count = 0
+    for call in vars(model)["_moeweave"].calls:
+        own = call.dispatcher
+
+        class Counting:
+            def dispatch(self, *args: Any, own: Any = own, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                return own.dispatch(*args, **kwargs)
+
+            def __getattr__(self, name: str, own: Any = own) -> Any:
+                return getattr(own, name)
+
+        call.dispatcher = Counting()
+    batch = hf_zoo.make_batch("mixtral", 0, rows=4)
+    forward_backward(model, batch, microbatches=4)
+    said = []
+    for attempt in (lambda: model(**batch), lambda: model.generate(batch["input_ids"])):
+        with pytest.raises(RuntimeError) as error:
+            attempt()
+        said.append(str(error.value))
+    return count, said[0], said[1]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_no_forward_but_the_steps_own(schedule: str) -> None:
+    found = run_ranks(2, step_and_count, schedule)
+    assert sum(count for count, _, _ in found) == 4 * 4  # layers x micro-batches
+    for _, called, generated in found:
+        assert "forward_backward" in called
+        assert "pp=1" in generated
+
+
+def names_and_checkpoint(path: str) -> tuple[list[str], bool, float, float]:
+    """Names on this rank; whether a checkpoint restores its parameters; the loss before and after."""
+    mesh = Mesh(pp=2)
+    build = partial(hf_zoo.build, "mixtral", num_hidden_layers=4)
+    model = parallelize(build(), mesh)
+    batch = hf_zoo.make_batch("mixtral", 0, rows=4)
+    before = forward_backward(model, batch, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    save(path, model, optimizer, step=3)
+    want = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer.step()
+    optimizer.zero_grad()
+    load(path, model, optimizer)
+    same = all(torch.equal(param, want[name]) for name, param in model.named_parameters())
+    after = forward_backward(model, batch, 2)
+    return list(want), same, float(before), float(after)
+
+
+def test_names_stay_and_checkpoints_restore(tmp_path: Any) -> None:
+    found = run_ranks(2, names_and_checkpoint, str(tmp_path / "step"))
+    names = sorted(name for each, *_ in found for name in each)
+    assert names == sorted(name for name, _ in hf_zoo.build("mixtral", num_hidden_layers=4).named_parameters())
+    for _, same, before, after in found:
+        assert same
+        assert before == after
+
+
+def refused(name: str, overrides: dict[str, Any], plan: dict[str, Any], microbatches: int) -> None:
+    model = parallelize(hf_zoo.build(name, **overrides), Mesh(pp=2), Plan(**plan))
+    forward_backward(model, hf_zoo.make_batch(name, 0, rows=4), microbatches)
+
+
+@pytest.mark.parametrize(
+    "overrides, plan, microbatches, words",
+    [
+        (dict(tie_word_embeddings=True), {}, 2, "tie_word_embeddings=False"),
+        ({}, dict(schedule="interleaved"), 2, "1 to 2"),
+        ({}, {}, 1, "at least 2"),
+        ({}, {}, 3, "divide over the micro-batches"),
+    ],
+    ids=["tied", "too few layers", "too few micro-batches", "rows"],
+)
+def test_what_is_refused(overrides: dict[str, Any], plan: dict[str, Any], microbatches: int, words: str) -> None:
+    with pytest.raises(RankError) as error:
+        run_ranks(2, refused, "mixtral", overrides, plan, microbatches)
+    assert words in str(error.value)
+
+
+def test_layers_are_shared_out_by_cost() -> None:
+    assert share_out([1, 1, 1, 1], 2, 0, 2) == [range(3), range(3, 4)]
+    assert share_out([5, 1, 1, 1], 2, 0, 0) == [range(1), range(1, 4)]
+    with pytest.raises(ValueError, match="1 to 3"):
+        share_out([1, 1, 1], 4, 0, 0)
+
+
+def test_stages_of_ranks() -> None:
+    assert [Layout("interleaved", 2).stages_of(rank) for rank in range(2)] == [[0, 2], [1, 3]]
+    assert [Layout("dualpipev", 2).stages_of(rank) for rank in range(2)] == [[0, 3], [1, 2]]
+
+
+def hugging_face_folder(path: str) -> None:
+    save_pretrained(parallelize(hf_zoo.build("mixtral"), Mesh(pp=2)), path)
+
+
+def test_hugging_face_folders_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(RankError, match="not read or written under pp"):
+        run_ranks(2, hugging_face_folder, str(tmp_path / "folder"))
