@@ -14,6 +14,7 @@ from moeweave.parallel.adapter import find_moe_blocks
 from moeweave.parallel.hf.build import build_model
 from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.schedules import Layout
 
 
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
@@ -27,6 +28,12 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     for block in blocks:
         mesh.sizes().check_experts(block.num_experts, block.path)
     return built
+
+
+def check_microbatches(count: int, mesh: MeshConfig, plan: dict[str, Any]) -> None:
+    """Raises ValueError when the pipeline's schedule cannot run that many micro-batches."""
+    if mesh.pp > 1:
+        Layout(Plan.from_dict(plan).schedule, mesh.pp).check_microbatches(count)
 
 
 def check_data(config: DataConfig, model: nn.Module) -> None:

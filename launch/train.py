@@ -68,6 +68,7 @@ def _body(arguments: cli.Arguments) -> int:
 def check(config: TrainConfig, folder: runlog.RunFolder) -> None:
     """Everything that can be known to fail before a rank starts. Raises ValueError."""
     model = prepare.check_model(config.model, config.mesh, config.plan)
+    prepare.check_microbatches(config.microbatches, config.mesh, config.plan)
     prepare.check_data(config.data, model)
     if config.resume == "never" and folder.holds_a_run():
         raise ConfigError(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nan_empty import nan_empty
-from run_ranks import RankError, RankTimeout, run_ranks
+from run_ranks import RankError, RankTimeout, close_pools, run_ranks
 
 QUICK = 20  # seconds; far below the time limits that the blocked ranks would otherwise wait for
 
@@ -37,6 +37,7 @@ def process_and_seeded_draw() -> tuple[int, float]:
 
 
 def test_processes_are_reused_and_seeds_are_not_used_up():
+    close_pools()  # ranks that other tests have filled with threads would be replaced
     first, second = run_ranks(2, process_and_seeded_draw), run_ranks(2, process_and_seeded_draw)
     assert first == second
     assert len({pid for pid, _ in first} | {os.getpid()}) == 3

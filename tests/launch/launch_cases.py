@@ -17,8 +17,8 @@ def scale_one_gradient():
     """One gradient of the wrapped model comes out a thousandth too large."""
     honest = proof.forward_backward
 
-    def dishonest(model, batch):
-        loss = honest(model, batch)
+    def dishonest(model, batch, *options):
+        loss = honest(model, batch, *options)
         dict(model.named_parameters())["model.layers.1.self_attn.q_proj.weight"].grad.mul_(1.001)
         return loss
 
