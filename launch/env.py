@@ -1,4 +1,4 @@
-"""Every environment variable that moeweave reads, read here and nowhere else.
+"""Every environment variable that moeweave reads, read here and, but for HCCL's own, nowhere else.
 
 | Variable                   | Set by        | Meaning here                                                         |
 |----------------------------|---------------|----------------------------------------------------------------------|
@@ -7,6 +7,7 @@
 | TORCHELASTIC_RESTART_COUNT | torch elastic | how often the ranks were restarted, 0 at first                       |
 | OMP_NUM_THREADS            | the user      | CPU threads of a rank; absent: the cores divided by the ranks        |
 | MOEWEAVE_TRACEBACK         | the user      | 1: print a whole traceback where an error would be one line          |
+| HCCL_BUFFSIZE              | the user      | the window of HCCL in MB, which the ascend dispatcher checks         |
 
 Set here: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, unless the user has set it, for the ranks that this program starts.
 What torch, transformers and rich read for themselves (MASTER_ADDR, GLOO_SOCKET_IFNAME, NO_COLOR, ...) is theirs.
