@@ -195,15 +195,20 @@ def _seed_step(seed: int, step: int, data_rank: int) -> None:
 
 
 def _global_load(training: Training) -> dict[str, list[int]]:
-    """Routes per expert of this step over all ranks, by layer."""
-    loads = mw.expert_load(training.model, reset=True)
-    if not loads:
-        return {}
-    sizes = [len(load_E) for load_E in loads.values()]
-    total = torch.cat([load_E.to(training.mesh.device) for load_E in loads.values()])
-    if training.mesh.world > 1:
-        dist.all_reduce(total)
-    return dict(zip(loads, (part.tolist() for part in total.cpu().split(sizes)), strict=True))
+    """Routes per expert of this step over all data ranks, by layer, those of every pipeline stage."""
+    mesh, loads = training.mesh, mw.expert_load(training.model, reset=True)
+    found: dict[str, list[int]] = {}
+    if loads:
+        sizes = [len(load_E) for load_E in loads.values()]
+        total = torch.cat([load_E.to(mesh.device) for load_E in loads.values()])
+        if mesh.data_size > 1:
+            dist.all_reduce(total, group=mesh.data_group)
+        found = dict(zip(loads, (part.tolist() for part in total.cpu().split(sizes)), strict=True))
+    if mesh.sizes.pp == 1:
+        return found
+    stages: list[dict[str, list[int]]] = [{} for _ in range(mesh.sizes.pp)]
+    dist.all_gather_object(stages, found, group=mesh.group("pp"))
+    return {name: counts for stage in stages for name, counts in stage.items()}
 
 
 def _balance(load: dict[str, list[int]]) -> float | None:

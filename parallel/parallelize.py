@@ -118,6 +118,14 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
             f"Plan.schedule ({plan.schedule!r}) computes gradients of weights past the hooks that reduce them over "
             "data ranks. Use '1f1b', 'gpipe' or 'interleaved', or one data rank and no Plan.dtype."
         )
+    if plan.aux != "global":
+        raise ValueError(f"Plan.aux ({plan.aux!r}) must be 'global' under pp ({mesh.sizes.pp}), or set pp=1.")
+    if not hasattr(model, "base_model_prefix") and not getattr(model, "chained_layers", False):
+        raise UnsupportedModel(
+            f"pp hands the output of one layer to the next, and cannot see whether {type(model).__name__}.forward does "
+            "no more than that between its layers (a residual outside of them would be lost). If it does no more, set "
+            "`chained_layers = True` on the model; else move the residual into the layer, or set pp=1."
+        )
     if not hasattr(model, "config"):
         width = next((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)), None)
         if width is None:

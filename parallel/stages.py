@@ -7,6 +7,7 @@ in what was received, the one after its last layer takes out what is sent. Names
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: in
         ValueError: fewer layers than stages.
     """
     layers = _layer_list(model, blocks)
+    _refuse_cross_layer(layers)
     before, after = _outside(model, layers)
     _refuse_ties(model, layers, before, after)
     costs = [_cost(layer, blocks, top_k) for layer in layers]
@@ -210,9 +212,11 @@ Slots = list[tuple[nn.Module, str]]
 def _outside(model: nn.Module, layers: nn.ModuleList) -> tuple[Slots, Slots]:
     """(parent, name) of the modules with parameters before the layers (embeddings) and after them (norm, head)."""
     inside = {id(module) for module in layers.modules()}
+    reached = False
     before: Slots = []
     after: Slots = []
     for path, module in model.named_modules():
+        reached |= module is layers
         if id(module) in inside or not any(True for _ in module.parameters(recurse=False)):
             continue
         if module is model or any(id(child) in inside for child in module.modules()):
@@ -220,9 +224,26 @@ def _outside(model: nn.Module, layers: nn.ModuleList) -> tuple[Slots, Slots]:
                 f"{path or type(model).__name__} has parameters of its own beside its layers: pp cannot tell which "
                 "stage needs them. Set pp=1."
             )
+        if not reached and not isinstance(module, nn.Embedding):
+            raise UnsupportedModel(
+                f"{path} ({type(module).__name__}) stands before the layers of {type(model).__name__}: pp gives "
+                "the first stage embeddings only. Set pp=1."
+            )
         home, _, name = path.rpartition(".")
         (before if isinstance(module, nn.Embedding) else after).append((model.get_submodule(home), name))
     return before, after
+
+
+def _refuse_cross_layer(layers: nn.ModuleList) -> None:
+    for layer in layers:
+        crossing = [
+            name for name in inspect.signature(layer.forward).parameters if name.startswith(("prev_", "shared_"))
+        ]
+        if crossing:
+            raise UnsupportedModel(
+                f"{type(layer).__name__} takes {', '.join(crossing)} from the layer before it, which a border between "
+                "stages does not carry. Set pp=1."
+            )
 
 
 def _refuse_ties(model: nn.Module, layers: nn.ModuleList, before: Slots, after: Slots) -> None:

@@ -94,7 +94,11 @@ def _split_of(module: nn.Module) -> tuple[list[str], str]:
     for gate, up, down in _MLPS:
         # Whatever else holds parameters (a norm between the layers) might need the whole width.
         if {up, down} <= held <= {gate, up, down} and held <= linear:
-            return sorted(held - {down}), down
+            columns = sorted(held - {down})
+            width = module.get_submodule(down).in_features
+            # A projection of another width holds two halves: cut by columns, a rank would get one of them whole.
+            if all(module.get_submodule(name).out_features == width for name in columns):
+                return columns, down
     return [], ""
 
 
@@ -106,6 +110,11 @@ def _check_attention(path: str, module: Any, tp: int) -> None:
             f"{path} ({type(module).__name__}) has {', '.join(unknown)}, which tp ({tp}) cannot split. Set tp=1."
         )
     latent = "kv_b_proj" in held
+    if not latent and not {"q_proj", "k_proj", "v_proj"} <= held:
+        raise UnsupportedModel(
+            f"{path} ({type(module).__name__}) shares or fuses queries, keys or values, which tp ({tp}) cannot split. "
+            "Set tp=1."
+        )
     width = getattr(module, "qk_head_dim" if latent else "head_dim", None)
     value = getattr(module, "v_head_dim", width)
     if not isinstance(width, int) or not isinstance(value, int):

@@ -47,7 +47,10 @@ class Collectives(Protocol):
 
 
 class TorchCollectives:
-    """torch.distributed: NCCL on CUDA, HCCL on NPUs, gloo on the CPU."""
+    """torch.distributed: NCCL on CUDA, HCCL on NPUs, gloo on the CPU.
+
+    Its all_reduce works in place only: the out-of-place time has a copy of the array in it, which nccl-tests' has not.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

@@ -118,7 +118,13 @@ def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:
     lines = [measure(case, config, mesh) for case in shown]
     about = _context(config, mesh)
     for line in lines:
-        line |= {"routing": config.routing, "device": mesh.device.type, "context": about}
+        line |= {
+            "graph": config.graph,
+            "flush": config.flush,
+            "routing": config.routing,
+            "device": mesh.device.type,
+            "context": about,
+        }
     report.relate(lines)
     return lines
 

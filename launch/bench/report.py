@@ -11,7 +11,7 @@ from typing import Any
 from moeweave.launch.schema import ConfigError
 
 Line = dict[str, Any]
-KEY = ("op", "backend", "label", "size", "dtype", "in_place", "ranks", "routing", "device")
+KEY = ("op", "backend", "label", "size", "dtype", "in_place", "ranks", "routing", "device", "graph", "flush")
 COLUMNS = (
     "op", "backend", "label", "size", "count", "dtype", "redop", "in_place", "ranks", "median", "min", "p95", "p99",
     "host", "algbw", "busbw", "logical_bytes", "wire_bytes", "of_peak", "ratio", "wrong",
@@ -131,5 +131,9 @@ def compare(old: str, new: str, threshold: float) -> tuple[str, int]:
         change = now / was - 1
         bad += change > threshold
         rows.append(f"{name:<60} {was:>10.2f} {now:>10.2f} {change:>+8.1%}{'  SLOWER' if change > threshold else ''}")
-    rows.append(f"{len(common)} compared, {bad} slower by more than {threshold:.0%} or wrong")
+    for key in before:
+        if key not in after and key[0] != "peak":
+            bad += 1
+            rows.append(f"{' '.join(str(part) for part in key[:4] if part != ''):<60} {'MISSING':>30}")
+    rows.append(f"{len(common)} compared, {bad} slower by more than {threshold:.0%} wrong or missing")
     return "\n".join(rows), bad

@@ -62,6 +62,16 @@ def test_a_gradient_that_differs_fails_the_run(tmp_path):
     assert "worst: model.layers.1.self_attn.q_proj.weight 1.00e-03" in done.out
 
 
+def test_the_load_of_every_pipeline_stage_is_logged(tmp_path):
+    arguments = ["mesh.dp=1", "mesh.ep=1", "mesh.pp=2", "microbatches=2", "steps=2", "log.load_every=1"]
+    done = run("train", *TINY, *arguments, "name=stages", cwd=tmp_path)
+    assert (done.code, done.left) == (0, ()), done.err
+    (folder,) = (tmp_path / "runs").iterdir()
+    for line in metrics(folder):
+        assert len(line["load"]) == 3  # layers, which two stages cannot share evenly
+        assert {sum(load) for load in line["load"].values()} == {4 * 16 * 2}
+
+
 # ---- resume
 
 

@@ -153,6 +153,8 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Embedding, layers (a ModuleList; with `flat` one layer as a child), head. Returns the loss."""
 
+    chained_layers = True
+
     def __init__(self, kind: str, flat: bool = False, num_layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, DIM)

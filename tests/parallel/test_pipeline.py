@@ -141,6 +141,29 @@ def test_what_is_refused(overrides: dict[str, Any], plan: dict[str, Any], microb
     assert words in str(error.value)
 
 
+class Outside(plain_models.Model):
+    """Computes with the hidden states outside of its layers: "residual" between them, "norm" before them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("packed", num_layers=4)
+        self.chained_layers = what != "residual"
+        if what == "norm":
+            layers, self.layers = self.layers, None
+            del self.layers
+            self.embed_norm = torch.nn.LayerNorm(plain_models.DIM)
+            self.layers = layers
+
+
+def refused_plain(what: str) -> None:
+    parallelize(Outside(what), Mesh(pp=2, device="cpu"))
+
+
+@pytest.mark.parametrize("what, words", [("residual", "chained_layers = True"), ("norm", "before the layers")])
+def test_what_a_border_between_stages_cannot_carry_is_refused(what: str, words: str) -> None:
+    with pytest.raises(RankError, match=words):
+        run_ranks(2, refused_plain, what)
+
+
 def test_layers_are_shared_out_by_cost() -> None:
     assert share_out([1, 1, 1, 1], 2, 0, 2) == [range(3), range(3, 4)]
     assert share_out([5, 1, 1, 1], 2, 0, 0) == [range(1), range(1, 4)]
