@@ -20,6 +20,7 @@ from moeweave.parallel.hf.build import SIZES, build_model
 from moeweave.parallel.mesh import MeshSizes
 from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.suggest import Hardware, Suggestion, suggest
 
 EXAMPLES = """\
 examples:
@@ -28,6 +29,7 @@ examples:
   moeweave-inspect mixtral --dp 8 --ep 8          what each of 8 ranks would hold
   moeweave-inspect deepseek_v3 --dp 64 --ep 32 --dtype bfloat16
   moeweave-inspect olmoe --set num_hidden_layers=2 --set num_experts=16
+  moeweave-inspect qwen3_moe --dtype bfloat16 --world 8 --memory 80 --tokens 262144    meshes that would train it
 """
 
 
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_axes(sizes)
         for block in blocks:
             sizes.check_experts(block.num_experts, block.path)
+        suggestions = _suggest(model, arguments) if arguments.world else []
     except ValueError as error:
         print(f"moeweave-inspect: refused: {error}", file=sys.stderr)
         return 2
@@ -53,9 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("It has no mixture-of-experts blocks: only data parallelism applies.")
     for table in _block_tables(blocks, model):
         console.print(table)
-    for table in (_counts(model, blocks), _sharding(model, blocks, sizes, plan), _memory(model, blocks, sizes, plan)):
+    console.print(_counts(model, blocks))
+    if suggestions:
+        console.print(_suggested(suggestions, arguments))
+        return 0
+    for table in (_sharding(model, blocks, sizes, plan), _memory(model, blocks, sizes, plan)):
         console.print(table)
     return 0
+
+
+def _suggest(model: nn.Module, arguments: argparse.Namespace) -> list[Suggestion]:
+    hardware = Hardware(ranks_per_node=arguments.ranks_per_node)
+    memory = int(arguments.memory * 2**30)
+    return suggest(model, arguments.world, memory, arguments.tokens, sequence=arguments.sequence, hardware=hardware)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
     parser.add_argument("--data", choices=("fsdp2", "ddp"), default="fsdp2", help="engine of the data axes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters")
+    ask = parser.add_argument_group("meshes that would train it, fastest by estimate first")
+    ask.add_argument("--world", type=int, metavar="N", help="ranks to spread it over; asks for suggestions")
+    ask.add_argument("--memory", type=float, default=80, metavar="GIB", help="of a rank (80)")
+    ask.add_argument("--tokens", type=int, default=2**18, metavar="N", help="of all ranks in a step (262144)")
+    ask.add_argument("--sequence", type=int, default=4096, metavar="N", help="tokens of a sequence (4096)")
+    ask.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="ranks with fast links between (8)")
     axes = parser.add_argument_group("mesh sizes, all 1 by default")
     for field in fields(MeshSizes):
         axes.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=1, metavar="N")
@@ -135,6 +154,28 @@ def _memory(model: nn.Module, blocks: list[MoEBlock], sizes: MeshSizes, plan: Pl
         column.justify = "right"
     for name, numbers in report.memory(model, blocks, sizes, plan):
         table.add_row(name, *(report.gib(number) for number in numbers), style="bold" if name == "all" else "")
+    return table
+
+
+def _suggested(suggestions: list[Suggestion], arguments: argparse.Namespace) -> Table:
+    title = (
+        f"Meshes of {arguments.world} ranks, {arguments.memory:g} GiB each, "
+        f"{arguments.tokens:,} tokens a step: estimates (see moeweave/parallel/suggest.py)"
+    )
+    columns = ("mesh", "recompute", "micro-batches", "memory", "states", "bubble", "sent by a rank in a step", "step")
+    table = Table(*columns, title=title, title_justify="left")
+    for each in suggestions:
+        sent = ", ".join(f"{axis} {report.gib(count)}" for axis, count in each.sent.items())
+        table.add_row(
+            report.shown(each.sizes),
+            "yes" if each.plan.recompute else "no",
+            str(each.microbatches),
+            report.gib(each.memory),
+            report.gib(each.states),
+            f"{each.bubble:.0%}",
+            sent,
+            f"{each.seconds * 1e3:,.0f} ms",
+        )
     return table
 
 

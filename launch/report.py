@@ -11,6 +11,7 @@ from itertools import groupby
 from torch import Tensor, nn
 
 from moeweave.parallel.adapter import MoEBlock, is_gated
+from moeweave.parallel.footprint import expert_params, footprint, weights_of_rank
 from moeweave.parallel.mesh import MeshSizes
 from moeweave.parallel.parallelize import top_k_of
 from moeweave.parallel.plan import Plan
@@ -71,11 +72,12 @@ def facts(block: MoEBlock, model: nn.Module, repeats: int) -> Iterator[tuple[str
 
 def count(model: nn.Module, blocks: list[MoEBlock]) -> Counts:
     """Parameters of the experts and of the rest; tied ones count once."""
-    experts = sum(param.numel() for _, param in _expert_params(blocks))
+    experts = sum(param.numel() for block in blocks for param in expert_params(block))
     dense = sum(param.numel() for param in model.parameters()) - experts
     active = sum(
         param.numel() * min(top_k_of(model), block.num_experts) // block.num_experts
-        for block, param in _expert_params(blocks)
+        for block in blocks
+        for param in expert_params(block)
     )
     return Counts(dense, experts, active)
 
@@ -88,7 +90,7 @@ def placements(
     for same in alike(blocks, model):
         where = common_path([block.path for block in same])
         for name, param in _own_params(same[0]):
-            how = f"experts over ep={sizes.ep}" if sizes.ep > 1 else _dense_placement(sizes, plan)
+            how = f"experts over ep={sizes.ep}" if sizes.ep > 1 else _data_placement(sizes, plan)
             if sizes.ep > 1 and copies > 1:
                 kept = f"FSDP2 over edp={sizes.edp}" if plan.data == "fsdp2" else f"{sizes.edp} copies"
                 how += f", then {kept}" if sizes.edp > 1 else ""
@@ -99,29 +101,24 @@ def placements(
                 local = f"{_share(param, True, sizes, plan):,} numbers"
             yield f"{where}.{name}", str(list(param.shape)), how, local
     counts = count(model, blocks)
+    _, held = weights_of_rank(footprint(model, blocks, top_k_of(model), sizes.tp), sizes, plan)
     yield (
         "all others",
         f"{counts.dense:,} numbers",
         _dense_placement(sizes, plan),
-        f"{math.ceil(counts.dense / _dense_shards(sizes, plan)):,} numbers",
+        f"{math.ceil(held):,} numbers",
     )
 
 
 def memory(
     model: nn.Module, blocks: list[MoEBlock], sizes: MeshSizes, plan: Plan
 ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """(name, bytes of weights, gradients, Adam states and their sum) on one rank."""
-    own = {id(param) for _, param in _expert_params(blocks)}
-    total = 0
-    for name, is_experts in (("experts", True), ("the rest", False)):
-        weights = sum(
-            _share(param, is_experts, sizes, plan) * param.element_size()
-            for param in model.parameters()
-            if (id(param) in own) == is_experts
-        )
-        total += weights
+    """(name, bytes of weights, gradients, Adam states and their sum) on a rank of the fullest stage."""
+    found = footprint(model, blocks, top_k_of(model), sizes.tp)
+    numbers = weights_of_rank(found, sizes, plan)
+    for name, held in (("experts", numbers[0]), ("the rest", numbers[1]), ("all", sum(numbers))):
+        weights = math.ceil(held) * found.element_size
         yield name, (weights, weights, 2 * weights, 4 * weights)
-    yield "all", (total, total, 2 * total, 4 * total)
 
 
 def gib(number: int) -> str:
@@ -152,6 +149,13 @@ def _dense_shards(sizes: MeshSizes, plan: Plan) -> int:
 
 
 def _dense_placement(sizes: MeshSizes, plan: Plan) -> str:
+    outer = [f"{sizes.pp} stages"] if sizes.pp > 1 else []
+    outer += [f"layers that tp={sizes.tp} splits over it"] if sizes.tp > 1 else []
+    inner = _data_placement(sizes, plan)
+    return ", ".join([*outer, *([inner] if inner != "whole" or not outer else [])])
+
+
+def _data_placement(sizes: MeshSizes, plan: Plan) -> str:
     if sizes.dp * sizes.dp_replicate == 1:
         return "whole"
     if plan.data == "ddp":
@@ -168,13 +172,6 @@ def _own_params(block: MoEBlock) -> Iterator[tuple[str, nn.Parameter]]:
                 yield re.sub(r"(^|\.)0\.", r"\1*.", name, count=1), param
         elif name in block.params:
             yield name, param
-
-
-def _expert_params(blocks: list[MoEBlock]) -> Iterator[tuple[MoEBlock, nn.Parameter]]:
-    for block in blocks:
-        for name, param in block.experts.named_parameters():
-            if block.kind == "modulelist" or name in block.params:
-                yield block, param
 
 
 # ---- words for a block

@@ -3,6 +3,7 @@
 Mesh          which ranks do what: dp, tp, pp, sp, ep
 Plan          policy: data engine, dispatcher, balance loss, compute dtype, recomputation
 parallelize   spread a Hugging Face or plain model over a mesh, in place
+suggest       meshes that hold a model, by estimated memory and communication
 save, load    training checkpoints that another mesh can read; from_pretrained, save_pretrained: Hugging Face folders
 """
 
@@ -19,16 +20,19 @@ from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import replay_routing
 from moeweave.parallel.record import expert_load, update_router_bias
+from moeweave.parallel.suggest import Hardware, Suggestion, suggest
 from moeweave.parallel.verify import ParityReport, gradient_parity
 
 __all__ = [
     "CheckpointError",
+    "Hardware",
     "LoadedState",
     "Mesh",
     "MoEAdapter",
     "MoELayer",
     "ParityReport",
     "Plan",
+    "Suggestion",
     "UnsupportedModel",
     "clip_grad_norm_",
     "expert_load",
@@ -45,5 +49,6 @@ __all__ = [
     "replay_routing",
     "save",
     "save_pretrained",
+    "suggest",
     "update_router_bias",
 ]

@@ -108,7 +108,7 @@ def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: in
         UnsupportedModel: no single list of layers, tied weights, parameters outside of modules that can be left out.
         ValueError: fewer layers than stages.
     """
-    layers = _layer_list(model, blocks)
+    layers = layer_list(model, blocks)
     _refuse_cross_layer(layers)
     before, after = _outside(model, layers)
     _refuse_ties(model, layers, before, after)
@@ -192,7 +192,7 @@ def refuse_folders(model: nn.Module) -> None:
         )
 
 
-def _layer_list(model: nn.Module, blocks: list[MoEBlock]) -> nn.ModuleList:
+def layer_list(model: nn.Module, blocks: list[MoEBlock]) -> nn.ModuleList:
     inside = {id(module) for block in blocks for module in block.experts.modules()}
     found: list[nn.ModuleList] = []
     for module in model.modules():

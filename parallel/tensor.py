@@ -43,7 +43,7 @@ def apply_tensor_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Device
         ValueError: heads or an MLP's width that tp does not divide; legal sizes are listed.
     """
     styles, attentions = plan_of(model, blocks, mesh.size())
-    embedding, head = _vocabulary(model, mesh.size())
+    embedding, head = vocabulary(model, mesh.size())
     tied = head is not None and head.weight is embedding.weight
     parallelize_module(model, mesh, styles, src_data_rank=None)
     for path in styles:
@@ -176,7 +176,7 @@ def _sum_param_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
     module.forward = forward
 
 
-def _vocabulary(model: Any, tp: int) -> tuple[Any, Any]:
+def vocabulary(model: Any, tp: int) -> tuple[Any, Any]:
     """Input embedding and output head of a Hugging Face model, None where it stays whole: a class of its own, a
     vocabulary that tp does not divide, or tied to one that stays whole."""
     if not hasattr(model, "get_input_embeddings"):

@@ -67,6 +67,18 @@ def test_a_refusal_gives_the_reason(capsys, monkeypatch, arguments, message):
     assert len(err.splitlines()) == 1
 
 
+def test_meshes_are_suggested(capsys, monkeypatch):
+    code, out, _ = inspect(
+        capsys, monkeypatch, "mixtral", "--dtype", "bfloat16", "--world", "16", "--tokens", "1048576"
+    )
+    assert code == 0
+    assert "Meshes of 16 ranks, 80 GiB each" in out
+    assert "ep=8" in out
+    code, _, err = inspect(capsys, monkeypatch, "mixtral", "--world", "2")
+    assert code == 2
+    assert "the leanest mesh" in err
+
+
 def test_help_has_worked_command_lines(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -92,6 +104,8 @@ def held_by_rank(sizes, data):
         (dict(dp=2, dp_replicate=2, ep=2), "fsdp2"),
         (dict(dp=4, ep=2), "ddp"),
         (dict(dp=4), "fsdp2"),
+        (dict(dp=2, tp=2, ep=4), "fsdp2"),
+        (dict(dp=2, pp=2, ep=2), "fsdp2"),
     ],
     ids=str,
 )
