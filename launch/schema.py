@@ -234,11 +234,15 @@ class BenchConfig:
     flush: bool = True
     graph: bool = False
     seed: int = 0
+    overlap: list[str] = field(default_factory=lambda: ["all_to_all", "all_gather"])
+    programs: int | None = None
+    topology: str = "topology.json"
     out: str | None = None
     trace: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(2, ranks=self.ranks, factor=self.factor)
+        _at_least(1, programs=self.programs or 1)
         _at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
         _at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
         _at_least(0, warmup=self.warmup)

@@ -237,7 +237,9 @@ def install_expert_call(block: MoEBlock, top_k: int, mesh: Mesh, plan: Plan, par
     """Put an `ExpertCall` in place of the experts' forward (or, for an adapted block, of the block's)."""
     ep = mesh.sizes.ep
     group = mesh.group("ep") if ep > 1 else None
-    dispatcher = make_dispatcher(plan.dispatcher, group, block.num_experts, top_k=top_k, combine=plan.combine)
+    dispatcher = make_dispatcher(
+        plan.dispatcher, group, block.num_experts, top_k=top_k, combine=plan.combine, topology=plan.topology
+    )
     call = ExpertCall(block, dispatcher, plan, mesh)
     if block.adapter is None:
         block.experts.forward = call

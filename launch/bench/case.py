@@ -11,19 +11,35 @@ from moeweave.launch.schema import ConfigError
 
 
 @dataclass(frozen=True)
+class Work:
+    """Something that can be run and checked.
+
+    Attributes:
+        run: does it once, without waiting for the device.
+        reset: overwrites the result, so that `off` counts what the next `run` leaves undone.
+        off: how many elements of the result are not as they must be.
+    """
+
+    run: Callable[[], object]
+    reset: Callable[[], object]
+    off: Callable[[], int]
+
+
+@dataclass(frozen=True)
 class Case:
     """One line of the table.
 
     Attributes:
-        op, backend: names. size: bytes of the whole array. count: elements, as nccl-tests
-            print them. dtype, redop: words.
+        op, backend: names. size: bytes of the whole array. count: elements, as nccl-tests print them. dtype, redop:
+            words.
+        work: what is run and checked.
         in_place: whether the result takes the place of the input.
-        run: does the operation once, without waiting for the device.
-        wrong: does it once more, from known values; returns how many elements of the result are not as they must be.
         factor: bus bandwidth over algorithm bandwidth (nccl-tests, PERFORMANCE.md); 1 for MoE operations.
         logical_bytes: MoE operations: what must leave this rank, each token once to each remote rank that it needs.
         wire_bytes: MoE operations: what this backend sends from this rank to others; None where it does not say.
         label: a shape's name, or the pair of ranks.
+        graph: whether it can be captured in a CUDA graph, that is, waits nowhere for the host.
+        sides: operations that run several things at once: microseconds that each took in the last run, by its name.
     """
 
     op: str
@@ -31,14 +47,20 @@ class Case:
     size: int
     count: int
     dtype: str
-    run: Callable[[], object]
-    wrong: Callable[[], int]
+    work: Work
     factor: float = 1.0
     redop: str = "none"
     in_place: bool = False
     logical_bytes: int | None = None
     wire_bytes: int | None = None
     label: str = ""
+    graph: bool = True
+    sides: Callable[[], dict[str, float]] | None = None
+
+    @property
+    def name(self) -> str:
+        place = " in place" if self.in_place else ""
+        return f"{self.op} {self.backend} {self.label or self.size}{place}"
 
 
 def backend_factory(name: str, known: Mapping[str, Callable[..., Any]], op: str) -> Callable[..., Any]:

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeweave.launch.bench.case import Case, backend_factory
+from moeweave.comm.communicator import all_gather_single, reduce_scatter_single
+from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.schema import BenchConfig, ConfigError
 from moeweave.parallel.mesh import Mesh
 
@@ -61,10 +62,10 @@ class TorchCollectives:
         dist.all_reduce(out, group=self.group)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
-        dist.all_gather_into_tensor(out, x, group=self.group)
+        all_gather_single(out, x, group=self.group)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
-        dist.reduce_scatter_tensor(out, x, group=self.group)
+        reduce_scatter_single(out, x, group=self.group)
 
     def all_to_all(self, out: Tensor, x: Tensor, receives: list[int] | None, sends: list[int] | None) -> None:
         dist.all_to_all_single(out, x, receives, sends, group=self.group)
@@ -106,25 +107,33 @@ def check(op: str, config: BenchConfig, ranks: int) -> None:
         backend_factory(backend, BACKENDS, op)
 
 
-def value(rank: int | Tensor, index: Tensor) -> Tensor:
-    """What `rank` has at `index`: a whole number below 13."""
-    return (rank * 7 + index * 3) % 13
+def value(rank: int, index: Tensor, ranks: int) -> Tensor:
+    """What `rank` has at `index`: a whole number below 13, lower where a bfloat16 could not hold the ranks' sum."""
+    return (rank * 7 + index * 3) % max(2, min(13, 256 // ranks + 1))
+
+
+def backends(config: BenchConfig, group: dist.ProcessGroup, op: str) -> dict[str, Collectives]:
+    """The backends that the config lists, over `group`."""
+    return {name: backend_factory(name, BACKENDS, op)(group) for name in config.backends or ["torch"]}
 
 
 def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
     """The cases of one operation: sizes, times in and out of place, times backends."""
-    group = mesh.group("ep")
-    backends = {
-        name: backend_factory(name, BACKENDS, op)(group) for name in [b for b in config.backends if b] or ["torch"]
-    }
+    transports = backends(config, mesh.group("ep"), op)
     for size in sizes(config):
-        for name, transport in backends.items():
+        for name, transport in transports.items():
             if op == "pairs":
                 yield from _pairs(transport, name, size, config, mesh)
                 continue
-            yield _case(op, transport, name, size, config, mesh, in_place=op == "broadcast")
-            if config.in_place and op in IN_PLACE and op != "broadcast":
-                yield _case(op, transport, name, size, config, mesh, in_place=True)
+            for in_place in places(op, config):
+                yield _case(op, transport, name, size, config, mesh, in_place=in_place)
+
+
+def places(op: str, config: BenchConfig) -> tuple[bool, ...]:
+    """Out of place, in place: broadcast has the second form only, and few have both."""
+    if op == "broadcast":
+        return (True,)
+    return (False, True) if config.in_place and op in IN_PLACE else (False,)
 
 
 def _case(
@@ -132,40 +141,30 @@ def _case(
 ) -> Case:
     dtype: torch.dtype = getattr(torch, config.dtype)
     num, W = size // dtype.itemsize, mesh.world
-    build = {"all_to_all_v": _all_to_all_v, "send_recv": _ring, "send_recv_both": _ring_both}.get(op)
-    if build is not None:
-        run, wrong = build(transport, num, dtype, mesh)
-    else:
-        run, wrong = _dense(op, transport, num, dtype, mesh, in_place)
+    work = make_work(op, transport, num, dtype, mesh, in_place=in_place)
     count = num // W if op in SPLIT else num
     redop = "sum" if op in ("all_reduce", "reduce_scatter") else "none"
-    return Case(op, name, size, count, config.dtype, run, wrong, FACTORS[op](W), redop, in_place)
+    return Case(op, name, size, count, config.dtype, work, FACTORS[op](W), redop, in_place)
 
 
-Built = tuple[Callable[[], object], Callable[[], int]]
+def make_work(op: str, transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh, *, in_place: bool) -> Work:
+    """One collective over `num` elements, with arrays of its own."""
+    build = {"all_to_all_v": _all_to_all_v, "send_recv": _ring, "send_recv_both": _ring_both}.get(op)
+    if build is not None:
+        return build(transport, num, dtype, mesh)
+    return _dense(op, transport, num, dtype, mesh, in_place)
 
 
-def _dense(op: str, transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh, in_place: bool) -> Built:
-    W, rank, device = mesh.world, mesh.rank, mesh.device
-    block = num // W
-    index = torch.arange(num, device=device)
-    mine, theirs = value(rank, index), torch.stack([value(other, index) for other in range(W)])
-    here = slice(rank * block, (rank + 1) * block)
-    start, want = {
-        "all_reduce": lambda: (mine, theirs.sum(0)),
-        "all_gather": lambda: (mine[here], torch.cat([theirs[r, r * block : (r + 1) * block] for r in range(W)])),
-        "reduce_scatter": lambda: (mine, theirs[:, here].sum(0)),
-        "all_to_all": lambda: (mine, theirs[:, here].reshape(-1)),
-        "broadcast": lambda: (mine, theirs[0]),
-    }[op]()
-    start, want = start.to(dtype), want.to(dtype)
+def _dense(op: str, transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh, in_place: bool) -> Work:
+    rank, here = mesh.rank, _block(mesh.rank, num, mesh)
+    start, want = (each.to(dtype) for each in _before_and_after(op, num, mesh))
     x, out = start.clone(), torch.full_like(want, -1)
     if in_place:
-        whole = torch.full((max(x.numel(), out.numel()),), -1, dtype=dtype, device=device)
+        whole = torch.full((max(x.numel(), out.numel()),), -1, dtype=dtype, device=mesh.device)
         x = whole[here] if op == "all_gather" else whole[: x.numel()]
         out = whole[here] if op == "reduce_scatter" else whole[: out.numel()]
         out = x if op in ("all_reduce", "broadcast") else out
-    call: Callable[[], object] = {
+    run: Callable[[], object] = {
         "all_reduce": lambda: transport.all_reduce(out, x),
         "all_gather": lambda: transport.all_gather(out, x),
         "reduce_scatter": lambda: transport.reduce_scatter(out, x),
@@ -173,16 +172,40 @@ def _dense(op: str, transport: Collectives, num: int, dtype: torch.dtype, mesh: 
         "broadcast": lambda: transport.broadcast(out, 0),
     }[op]
 
-    def wrong() -> int:
+    def reset() -> None:
         out.fill_(-1)
-        x.copy_(start)
-        call()
-        return int((out != want).sum())
+        if not (op == "broadcast" and rank):  # the root's values must come from the root
+            x.copy_(start)
 
-    return call, wrong
+    return Work(run, reset, lambda: int((out != want).sum()))
 
 
-def _all_to_all_v(transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh) -> Built:
+def _block(rank: int, num: int, mesh: Mesh) -> slice:
+    size = num // mesh.world
+    return slice(rank * size, (rank + 1) * size)
+
+
+def _before_and_after(op: str, num: int, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """What this rank puts in, and what must come out."""
+    W, rank = mesh.world, mesh.rank
+    index = torch.arange(num, device=mesh.device)
+
+    def of(other: int, part: slice = slice(None)) -> Tensor:
+        return value(other, index[part], W)
+
+    here = _block(rank, num, mesh)
+    if op == "all_reduce":
+        return of(rank), sum((of(other) for other in range(1, W)), start=of(0))
+    if op == "reduce_scatter":
+        return of(rank), sum((of(other, here) for other in range(1, W)), start=of(0, here))
+    if op == "all_gather":
+        return of(rank, here), torch.cat([of(other, _block(other, num, mesh)) for other in range(W)])
+    if op == "all_to_all":
+        return of(rank), torch.cat([of(other, here) for other in range(W)])
+    return of(rank), of(0)
+
+
+def _all_to_all_v(transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh) -> Work:
     """Skewed counts: rank r sends twice as much to rank 0 as the mean, and the rest evenly to the others."""
     W, rank = mesh.world, mesh.rank
     first = min(2 * (num // W), num)
@@ -190,58 +213,58 @@ def _all_to_all_v(transport: Collectives, num: int, dtype: torch.dtype, mesh: Me
     sends = [first, *[rest] * (W - 1)]
     receives = [sends[rank]] * W
     index = torch.arange(sum(sends), device=mesh.device)
-    x = value(rank, index).to(dtype)
+    x = value(rank, index, W).to(dtype)
     start = sum(sends[:rank])
-    want = torch.cat([value(other, index[start : start + sends[rank]]) for other in range(W)]).to(dtype)
+    want = torch.cat([value(other, index[start : start + sends[rank]], W) for other in range(W)]).to(dtype)
     out = torch.full_like(want, -1)
-    return _checked(lambda: transport.all_to_all(out, x, receives, sends), out, want)
+    return checked(lambda: transport.all_to_all(out, x, receives, sends), out, want)
 
 
-def _ring(transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh) -> Built:
+def _ring(transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh) -> Work:
     """Every rank sends to the next and receives from the one before."""
     W, rank = mesh.world, mesh.rank
     index = torch.arange(num, device=mesh.device)
-    x, want = value(rank, index).to(dtype), value((rank - 1) % W, index).to(dtype)
+    x, want = value(rank, index, W).to(dtype), value((rank - 1) % W, index, W).to(dtype)
     out = torch.full_like(want, -1)
-    return _checked(lambda: transport.exchange(out, x, (rank - 1) % W, (rank + 1) % W), out, want)
+    return checked(lambda: transport.exchange(out, x, (rank - 1) % W, (rank + 1) % W), out, want)
 
 
-def _ring_both(transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh) -> Built:
+def _ring_both(transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh) -> Work:
     """Neighbours 0-1, 2-3, ... send to each other at the same time; the last of an odd number of ranks rests."""
     peer = mesh.rank ^ 1
     index = torch.arange(num, device=mesh.device)
     if peer >= mesh.world:
-        return (lambda: None), (lambda: 0)
-    x, want = value(mesh.rank, index).to(dtype), value(peer, index).to(dtype)
+        return Work(_nothing, _nothing, lambda: 0)
+    x, want = value(mesh.rank, index, mesh.world).to(dtype), value(peer, index, mesh.world).to(dtype)
     out = torch.full_like(want, -1)
-    return _checked(lambda: transport.exchange(out, x, peer, peer), out, want)
+    return checked(lambda: transport.exchange(out, x, peer, peer), out, want)
 
 
 def _pairs(transport: Collectives, name: str, size: int, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
     """One direction between two ranks while the others rest: the N x N matrix."""
     dtype: torch.dtype = getattr(torch, config.dtype)
-    index = torch.arange(size // dtype.itemsize, device=mesh.device)
+    num = size // dtype.itemsize
     for source in range(mesh.world):
         for target in range(mesh.world):
-            if source == target:
-                continue
-            x = value(source, index).to(dtype) if mesh.rank == source else None
-            out = torch.full(index.shape, -1, dtype=dtype, device=mesh.device) if mesh.rank == target else None
-            run, wrong = _pair(transport, out, x, source, target, value(source, index).to(dtype))
-            yield Case("pairs", name, size, index.numel(), config.dtype, run, wrong, label=f"{source}->{target}")
+            if source != target:
+                work = _pair(transport, num, dtype, mesh, source, target)
+                yield Case("pairs", name, size, num, config.dtype, work, label=f"{source}->{target}")
 
 
-def _pair(
-    transport: Collectives, out: Tensor | None, x: Tensor | None, source: int, target: int, want: Tensor
-) -> Built:
-    run = lambda: transport.exchange(out, x, source, target)  # noqa: E731
-    return (run, lambda: int(run() is not None)) if out is None else _checked(run, out, want)
+def _pair(transport: Collectives, num: int, dtype: torch.dtype, mesh: Mesh, source: int, target: int) -> Work:
+    if mesh.rank not in (source, target):
+        return Work(_nothing, _nothing, lambda: 0)
+    x = value(source, torch.arange(num, device=mesh.device), mesh.world).to(dtype)
+    if mesh.rank == source:
+        return Work(lambda: transport.exchange(None, x, source, target), _nothing, lambda: 0)
+    out = torch.full_like(x, -1)
+    return checked(lambda: transport.exchange(out, None, source, target), out, x)
 
 
-def _checked(run: Callable[[], object], out: Tensor, want: Tensor) -> Built:
-    def wrong() -> int:
-        out.fill_(-1)
-        run()
-        return int((out != want).sum())
+def checked(run: Callable[[], object], out: Tensor, want: Tensor) -> Work:
+    """Work whose result `out` must be `want`."""
+    return Work(run, lambda: out.fill_(-1), lambda: int((out != want).sum()))
 
-    return run, wrong
+
+def _nothing() -> None:
+    pass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,26 @@ L2_BYTES = 256 << 20  # more than any accelerator's second-level cache
 TRACED = 3
 
 
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of every iteration, of the slowest rank.
+
+    Attributes:
+        device: from the moment that all ranks were ready to the end of the work on the device.
+        host: until the call returned.
+        sides: of each thing that ran, where several did at once.
+    """
+
+    device: np.ndarray
+    host: np.ndarray
+    sides: dict[str, np.ndarray]
+
+
 def measure(case: Case, config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
     """One line of figures, equal on every rank; times in microseconds. Nothing is timed where `wrong` is not 0."""
-    name = f"{case.op} {case.backend} {case.label or case.size}"
-    with record_function(f"check: {name}"):
-        wrong = int(_over_ranks(torch.tensor([case.wrong()], dtype=torch.float64), dist.ReduceOp.SUM, mesh)[0])
+    with record_function(f"check: {case.name}"):
+        wrong = _wrong(case, mesh)
+    graph = config.graph and case.graph
     line: dict[str, Any] = dict(
         op=case.op,
         backend=case.backend,
@@ -34,76 +51,101 @@ def measure(case: Case, config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         dtype=case.dtype,
         redop=case.redop,
         in_place=case.in_place,
+        factor=case.factor,
         ranks=mesh.world,
+        graph=graph,
         wrong=wrong,
         logical_bytes=_total(case.logical_bytes, mesh),
         wire_bytes=_total(case.wire_bytes, mesh),
     )
     if wrong:
         return line
-    run = _graph(case.run, mesh) if config.graph else case.run
-    with record_function(f"warm-up: {name}"):
+    run = _graph(case.work.run) if graph else case.work.run
+    with record_function(f"warm-up: {case.name}"):
         for _ in range(config.warmup):
             run()
         _synchronize(mesh)
-    with record_function(f"time: {name}"):
-        device_us, host_us = _times(run, config, mesh)
+    with record_function(f"time: {case.name}"):
+        times = _times(case, run, config, mesh)
     if config.trace is not None:
-        _trace(run, Path(config.trace), mesh)
-    return line | figures(device_us, host_us, case, line["logical_bytes"], mesh.world)
+        _trace(case, run, config, mesh)
+    return line | figures(times, case, line["logical_bytes"], mesh.world)
 
 
-def figures(device_us: np.ndarray, host_us: np.ndarray, case: Case, logical: int | None, ranks: int) -> dict[str, Any]:
+def figures(times: Times, case: Case, logical: int | None, ranks: int) -> dict[str, Any]:
     """Statistics of the slowest rank's times, and bandwidths from their median (1 GB/s is 1000 bytes a microsecond).
 
     algbw is size over time; busbw is algbw times the operation's factor. For MoE operations busbw is the logical bytes
     of an average rank over the time.
     """
-    median = float(np.median(device_us))
-    percentiles = {f"p{p}": float(np.percentile(device_us, p)) for p in (95, 99)}
+    median = float(np.median(times.device))
+    percentiles = {f"p{p}": float(np.percentile(times.device, p)) for p in (95, 99)}
     algbw = case.size / median / 1e3
     busbw = algbw * case.factor if logical is None else logical / ranks / median / 1e3
+    sides = {name: float(np.median(each)) for name, each in times.sides.items()}
     return dict(
         median=median,
-        min=float(device_us.min()),
+        min=float(times.device.min()),
+        mean=float(times.device.mean()),
         **percentiles,
-        host=float(np.median(host_us)),
+        host=float(np.median(times.host)),
         algbw=algbw,
         busbw=busbw,
-        times=[round(float(each), 3) for each in device_us],
+        times=[round(float(each), 3) for each in times.device],
+        **({"sides": sides} if sides else {}),
     )
 
 
-def _times(run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Microseconds of each iteration, of the slowest rank: on the device, and until the call returned."""
+def _wrong(case: Case, mesh: Mesh) -> int:
+    """Elements of all ranks' results that are not as they must be, after a run over overwritten memory."""
+    case.work.reset()
+    _synchronize(mesh)  # a peer that writes into this rank's memory must not do so before it was overwritten
+    case.work.run()
+    _synchronize(mesh)
+    off = case.work.off()
+    return int(_over_ranks(torch.tensor([off], dtype=torch.float64), dist.ReduceOp.SUM, mesh)[0])
+
+
+def _times(case: Case, run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> Times:
     on_cpu = mesh.device.type == "cpu"
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=mesh.device) if config.flush and not on_cpu else None
-    device, host = [], []
+    once = _once_on_cpu if on_cpu else _once_on_device
+    found: list[tuple[float, ...]] = []
+    names: list[str] = []
     for _ in range(config.iterations):
-        if flush is not None:
-            flush.zero_()
-        _barrier(mesh)
-        if on_cpu:
-            start = time.perf_counter_ns()
-            run()
-            device.append((time.perf_counter_ns() - start) / 1e3)
-            host.append(device[-1])
-            continue
-        before, after = (torch.Event(device=mesh.device, enable_timing=True) for _ in range(2))
-        before.record()
-        start = time.perf_counter_ns()
+        with record_function("flush and barrier"):
+            if flush is not None:
+                flush.zero_()
+            _barrier(mesh)
+        device, host = once(run, mesh)
+        sides = {} if case.sides is None else case.sides()
+        names = list(sides)
+        found.append((device, host, *sides.values()))
+    slowest = _over_ranks(torch.tensor(found, dtype=torch.float64), dist.ReduceOp.MAX, mesh).numpy()
+    return Times(slowest[:, 0], slowest[:, 1], {name: slowest[:, 2 + at] for at, name in enumerate(names)})
+
+
+def _once_on_cpu(run: Callable[[], object], mesh: Mesh) -> tuple[float, float]:
+    start = time.perf_counter_ns()
+    with record_function("run"):
         run()
-        host.append((time.perf_counter_ns() - start) / 1e3)
-        after.record()
-        after.synchronize()
-        device.append(before.elapsed_time(after) * 1e3)
-    both = _over_ranks(torch.tensor([device, host], dtype=torch.float64), dist.ReduceOp.MAX, mesh)
-    return both[0].numpy(), both[1].numpy()
+    elapsed = (time.perf_counter_ns() - start) / 1e3
+    return elapsed, elapsed
 
 
-def _graph(run: Callable[[], object], mesh: Mesh) -> Callable[[], object]:
-    if mesh.device.type != "cuda":
-        raise ValueError(f"graph=true: needs a CUDA device, this is {mesh.device.type}. Set graph=false.")
+def _once_on_device(run: Callable[[], object], mesh: Mesh) -> tuple[float, float]:
+    before, after = (torch.Event(device=mesh.device, enable_timing=True) for _ in range(2))
+    before.record()
+    start = time.perf_counter_ns()
+    with record_function("run"):
+        run()
+    host = (time.perf_counter_ns() - start) / 1e3
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) * 1e3, host
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], object]:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -116,14 +158,16 @@ def _graph(run: Callable[[], object], mesh: Mesh) -> Callable[[], object]:
     return graph.replay
 
 
-def _trace(run: Callable[[], object], folder: Path, mesh: Mesh) -> None:
-    """One file a rank, the last case's."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _trace(case: Case, run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> None:
+    """<trace>/rank<r>/<case>.json: a Chrome trace of a few more iterations, whose times do not count."""
+    path = Path(config.trace or "") / f"rank{mesh.rank}" / (re.sub(r"[^\w.-]+", "_", case.name) + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as profile:
-        for _ in range(TRACED):
-            run()
-        _synchronize(mesh)
-    profile.export_chrome_trace(str(folder / f"rank{mesh.rank}.json"))
+        with record_function(f"time: {case.name}"):
+            _times(case, run, replace(config, iterations=TRACED), mesh)
+        with record_function(f"check: {case.name}"):
+            case.work.off()
+    profile.export_chrome_trace(str(path))
 
 
 def _barrier(mesh: Mesh) -> None:

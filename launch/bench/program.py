@@ -8,22 +8,32 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from rich.progress import track
+from rich.console import Console
+from rich.progress import Progress
 
 import moeweave as mw
 from moeweave.launch import cli, compose, elastic, env, runlog
-from moeweave.launch.bench import collectives, report, routed
+from moeweave.launch.bench import collectives, overlap, raw, report, routed, topology
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.measure import measure
 from moeweave.launch.schema import BenchConfig, ConfigError
 
-OPS = (*collectives.FACTORS, *routed.OPS)
+# op: the module with its `check` and `cases`.
+OPS: dict[str, ModuleType] = {
+    **dict.fromkeys(collectives.FACTORS, collectives),
+    "raw": raw,
+    **dict.fromkeys(routed.OPS, routed),
+    "overlap": overlap,
+    "topology": topology,
+}
+PEAK_BYTES = 256 << 20  # an array that saturates the links of an accelerator
+
 PROGRAM = cli.Program(
     name="moeweave-bench",
     config="bench",
@@ -37,6 +47,8 @@ PROGRAM = cli.Program(
         ("moeweave-bench op='[all_gather,all_to_all]' ranks=4 device=cpu max_size=16777216", "two collectives"),
         ("moeweave-bench op=dispatch backend='[alltoall,allgather]' shape=v3-decode128", "dispatchers side by side"),
         ("moeweave-bench op='[dispatch,combine,moe_layer]' routing=zipf tokens=1000 out=runs/bench", "with files"),
+        ("moeweave-bench op=overlap overlap='[all_to_all,all_gather]' max_size=1048576", "what runs beside what"),
+        ("moeweave-bench op=topology topology=runs/topology.json", "what dispatcher=auto reads as plan.topology"),
         ("torchrun --nproc-per-node 4 -m moeweave.launch.bench op=pairs max_size=1073741824", "under torchrun"),
     ),
     schema=BenchConfig,
@@ -51,13 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(PROGRAM, _body, arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"compare: {message}. Write moeweave-bench compare old.jsonl new.jsonl --threshold 0.1.")
+
+
 def _compare(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="moeweave-bench compare", description="Compares two bench.jsonl files.")
+    parser = _Parser(prog="moeweave-bench compare", description="Compares two bench.jsonl files.")
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("--threshold", type=float, default=0.1, help="how much slower is too slow, 0.1 is 10 %%")
-    args = parser.parse_args(arguments)
     try:
+        args = parser.parse_args(arguments)
         text, bad = report.compare(args.old, args.new, args.threshold)
     except ConfigError as error:
         print(f"moeweave-bench: error: {error}", file=sys.stderr)
@@ -73,7 +90,7 @@ def _body(arguments: cli.Arguments) -> int:
         return 0
     ranks = env.launched_ranks()
     world = config.ranks if ranks is None else ranks.world
-    check(config, world)
+    check(config, world, own_ranks=ranks is None)
     on_cpu = config.device == "cpu" or not elastic.has_accelerator()
     if ranks is not None:
         lines = rank_main(config, world)
@@ -89,17 +106,20 @@ def _body(arguments: cli.Arguments) -> int:
     return int(any(line["wrong"] for line in lines))
 
 
-def check(config: BenchConfig, world: int) -> None:
-    """Raise ConfigError for what cannot run, before any rank starts."""
+def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
+    """Raise ConfigError for what cannot run, before any rank starts; `own_ranks`: all on this machine."""
     if world < 2:
         raise ConfigError(f"ranks={world}: communication needs at least 2 ranks. Set ranks=2 or more.")
-    if config.device != "cpu" and torch.accelerator.is_available() and world > torch.accelerator.device_count():
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    if own_ranks and not on_cpu and world > torch.accelerator.device_count():
         found = torch.accelerator.device_count()
         raise ConfigError(f"ranks={world}: this machine has {found} devices. Set ranks={found}, or device=cpu.")
+    if config.graph and (on_cpu or not torch.version.cuda):
+        raise ConfigError("graph=true: CUDA graphs need a CUDA device. Set graph=false.")
     for op in config.ops:
         if op not in OPS:
             raise ConfigError(f"op={op}: must be one of {', '.join(OPS)}.")
-        (routed if op in routed.OPS else collectives).check(op, config, world)
+        OPS[op].check(op, config, world)
 
 
 def rank_main(config: BenchConfig, world: int) -> list[dict[str, Any]]:
@@ -113,38 +133,52 @@ def rank_main(config: BenchConfig, world: int) -> list[dict[str, Any]]:
 def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:
     """One rank's part: every case in turn. Returns the lines, the same on every rank."""
     mesh = mw.Mesh(dp=world, ep=world, device=config.device)
-    todo = list(_cases(config, mesh))
-    shown = track(todo, "moeweave-bench", transient=True) if mesh.rank == 0 and sys.stderr.isatty() else todo
-    lines = [measure(case, config, mesh) for case in shown]
+    lines, quiet = [], mesh.rank > 0 or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task("moeweave-bench", total=None)
+        for case in _cases(config, mesh):
+            progress.update(task, description=case.name)
+            lines.append(measure(case, config, mesh))
+            progress.advance(task)
     about = _context(config, mesh)
     for line in lines:
-        line |= {
-            "graph": config.graph,
-            "flush": config.flush,
-            "routing": config.routing,
-            "device": mesh.device.type,
-            "context": about,
-        }
+        line |= {"flush": config.flush, "routing": config.routing, "device": mesh.device.type, "context": about}
     report.relate(lines)
+    overlap.relate(lines)
+    if "topology" in config.ops:
+        _write_topology(lines, config, mesh)
     return lines
 
 
 def _cases(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
     if any(op in routed.OPS for op in config.ops):
-        yield _peak(config, mesh)
-    yield from chain.from_iterable(
-        (routed if op in routed.OPS else collectives).cases(op, config, mesh) for op in config.ops
-    )
+        yield from _peaks(config, mesh)
+    for op in config.ops:
+        yield from OPS[op].cases(op, config, mesh)
 
 
-def _peak(config: BenchConfig, mesh: mw.Mesh) -> Case:
-    """An all-to-all of equal blocks, of the size that a dispatch sends: what the links give in this run."""
+def _peaks(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
+    """What the links give in this run: an all-to-all of equal blocks and, where memory can be written across, the
+    bytes that a dispatch of this shape must send, written without a collective.
+    """
     shape = routed.shape_of(config)
     item = getattr(torch, config.dtype).itemsize
-    size = max(shape.tokens * shape.hidden * item, 1 << 20) // (item * mesh.world) * item * mesh.world
+    most = 1 << 20 if mesh.device.type == "cpu" else PEAK_BYTES
+    size = max(shape.tokens * shape.hidden * item, most) // (item * mesh.world) * item * mesh.world
     plain = dataclasses.replace(config, min_size=size, max_size=size, backend="torch")
-    (case,) = collectives.cases("all_to_all", plain, mesh)
-    return dataclasses.replace(case, op="peak", label="equal blocks")
+    for case in collectives.cases("all_to_all", plain, mesh):
+        yield dataclasses.replace(case, op="peak", label="equal blocks")
+    if mesh.device.type == "cuda" and topology.is_one_memory(mesh):
+        crossing = max(16, routed.crossing_bytes(config, mesh.world))
+        for case in raw.cases("raw", dataclasses.replace(config, backend=None), mesh, crossing):
+            yield dataclasses.replace(case, op="peak", label="raw")
+
+
+def _write_topology(lines: list[dict[str, Any]], config: BenchConfig, mesh: mw.Mesh) -> None:
+    found = topology.topology(lines, mesh, config)
+    lines[0]["topology"] = None if found is None else topology.table(found)
+    if found is not None and mesh.rank == 0:
+        found.save(config.topology)
 
 
 def _context(config: BenchConfig, mesh: mw.Mesh) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moeweave.launch.bench import hccl
 from moeweave.launch.schema import ConfigError
 
 Line = dict[str, Any]
 KEY = ("op", "backend", "label", "size", "dtype", "in_place", "ranks", "routing", "device", "graph", "flush")
 COLUMNS = (
-    "op", "backend", "label", "size", "count", "dtype", "redop", "in_place", "ranks", "median", "min", "p95", "p99",
-    "host", "algbw", "busbw", "logical_bytes", "wire_bytes", "of_peak", "ratio", "wrong",
+    "op", "backend", "label", "size", "count", "dtype", "redop", "in_place", "ranks", "graph", "median", "min", "mean",
+    "p95", "p99", "host", "algbw", "busbw", "logical_bytes", "wire_bytes", "of_peak", "ratio", "exposed", "concurrent",
+    "wrong",
 )  # fmt: skip
 
 
@@ -36,15 +38,45 @@ def table(lines: Iterable[Line], context: Line) -> str:
     rows = list(lines)
     out = [f"# {context['device_name']}, {context['ranks']} ranks, torch {context['versions']['torch']}"]
     for op in dict.fromkeys(line["op"] for line in rows):
-        out += ["#", f"# {op}", _header(op)]
-        out += [_row(line) for line in rows if line["op"] == op]
+        mine = [line for line in rows if line["op"] == op]
+        if mine[0].get("device") == "npu" and op in hccl.NAMES:
+            out += hccl.table(op, mine)
+        out += ["#", f"# {op}", _header(op), *(_row(line) for line in mine)]
+        out += _matrices(mine) if op in ("pairs", "topology") else []
+    out += rows[0].get("topology") or []
     wrong = sum(line["wrong"] for line in rows)
     return "\n".join([*out, f"# Out of bounds values : {wrong} {'OK' if wrong == 0 else 'FAILED'}"])
+
+
+def _matrices(lines: list[Line]) -> list[str]:
+    """GB/s from each rank to each other, a matrix for each backend and size."""
+    out = []
+    pairs = [line for line in lines if "->" in line["label"] and "busbw" in line]
+    for backend, size in dict.fromkeys((line["backend"], line["size"]) for line in pairs):
+        values: list[list[Any]] = [[None] * pairs[0]["ranks"] for _ in range(pairs[0]["ranks"])]
+        for line in pairs:
+            if (line["backend"], line["size"]) == (backend, size):
+                source, target = map(int, line["label"].split("->"))
+                values[source][target] = line["busbw"]
+        out += matrix(f"GB/s, {backend}, {size} bytes", values)
+    return out
+
+
+def matrix(title: str, values: list[list[Any]]) -> list[str]:
+    """Lines of a square table whose rows are from and whose columns are to."""
+
+    def cell(each: Any) -> str:
+        return "-" if each is None else f"{each:.2f}" if isinstance(each, float) else str(each)
+
+    head = [f"# {title}, from (down) to (across)", "#      " + "".join(f"{rank:>10}" for rank in range(len(values)))]
+    return head + [f"# {rank:>4} " + "".join(f"{cell(each):>10}" for each in row) for rank, row in enumerate(values)]
 
 
 def _header(op: str) -> str:
     first = f"{'size':>12} {'count':>12} {'type':>9} {'redop':>6} {'place':>5} {'backend':>22}"
     times = f"{'time':>10} {'min':>10} {'p95':>10} {'p99':>10} {'host':>10} {'algbw':>8} {'busbw':>8} {'#wrong':>7}"
+    if op == "overlap":
+        return f"# {first} {times} {'exposed':>10} {'concurrent':>10}  sides, and how much slower each is than alone"
     return f"# {first} {times} {'ratio':>6} {'peak':>5} {'logical':>12} {'wire':>12}"
 
 
@@ -55,9 +87,17 @@ def _row(line: Line) -> str:
     numbers = [line.get(name) for name in ("median", "min", "p95", "p99", "host")]
     times = " ".join(f"{'-':>10}" if number is None else f"{number:>10.2f}" for number in numbers)
     speeds = " ".join(f"{_short(line.get(name), '.3f'):>8}" for name in ("algbw", "busbw"))
+    start = f"  {first} {times} {speeds} {line['wrong']:>7}"
+    if line["op"] == "overlap":
+        slower = line.get("slowdown", {})
+        sides = " + ".join(
+            f"{side} {slower[side]:.2f}x" if side in slower else side for side in line["label"].split(" + ")
+        )
+        return f"{start} {_short(line.get('exposed'), '.2f'):>10} {_short(line.get('concurrent'), '.0%'):>10}  {sides}"
     ratio, peak = _short(line.get("ratio"), ".2f"), _short(line.get("of_peak"), ".0%")
     sent = " ".join(f"{_short(line[name], 'd'):>12}" for name in ("logical_bytes", "wire_bytes"))
-    return f"  {first} {times} {speeds} {line['wrong']:>7} {ratio:>6} {peak:>5} {sent}  {line['label']}".rstrip()
+    how = f"{line['label']} graph" if line.get("graph") else line["label"]
+    return f"{start} {ratio:>6} {peak:>5} {sent}  {how}".rstrip()
 
 
 def _short(number: float | None, form: str) -> str:
@@ -73,7 +113,10 @@ def write(lines: list[Line], folder: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(lines)
-    _draw([line for line in lines if "median" in line and line["op"] != "peak"], folder / "bench.png")
+    _draw(
+        [line for line in lines if "median" in line and line["op"] not in ("peak", "overlap", "topology")],
+        folder / "bench.png",
+    )
 
 
 def _draw(lines: list[Line], path: Path) -> None:
@@ -86,9 +129,9 @@ def _draw(lines: list[Line], path: Path) -> None:
     axes = figure.subplots(1, 2)
     curves: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
-        curves.setdefault((line["op"], line["backend"], line["in_place"]), []).append(line)
-    for (op, backend, in_place), points in curves.items():
-        name = f"{op} {backend}{' in place' if in_place else ''}"
+        curves.setdefault((line["op"], line["backend"], line["in_place"], line["label"]), []).append(line)
+    for (op, backend, in_place, label), points in curves.items():
+        name = f"{op} {backend}{' in place' if in_place else ''} {label}"
         for axis, figure_name in zip(axes, ("busbw", "median"), strict=True):
             sizes, values = [point["size"] for point in points], [point[figure_name] for point in points]
             axis.plot(sizes, values, marker="o", markersize=3, label=name)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from moeweave.comm.dispatch import Dispatched, TokenDispatcher
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.tolerance import TOLERANCE
-from moeweave.launch.bench.case import Case, backend_factory
+from moeweave.launch.bench import torchtitan
+from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.schema import BenchConfig, ConfigError
 from moeweave.moe.experts import ExpertWeights, local_experts
 from moeweave.parallel.mesh import Mesh
@@ -50,18 +51,20 @@ SHAPES = {
 
 
 def _moeweave(name: str, combine: str | None = None) -> Callable[..., TokenDispatcher]:
-    def make(group: dist.ProcessGroup, num_experts: int, top_k: int) -> TokenDispatcher:
-        return make_dispatcher(name, group, num_experts, top_k=top_k, combine=combine)
+    def make(group: dist.ProcessGroup, shape: Shape, dtype: torch.dtype) -> TokenDispatcher:
+        return make_dispatcher(name, group, shape.experts, top_k=shape.topk, combine=combine)
 
     return make
 
 
-# name: factory(group, num_experts, top_k) -> TokenDispatcher
-BACKENDS: dict[str, Callable[..., TokenDispatcher]] = {
+# name: factory(group, shape, dtype) -> dispatch and combine of a TokenDispatcher
+BACKENDS: dict[str, Callable[..., Any]] = {
     "alltoall": _moeweave("alltoall"),
     "allgather": _moeweave("allgather"),
     "allgather_prereduced": _moeweave("allgather", "prereduced"),
+    "torchtitan": torchtitan.MinimalAsyncEP,
 }
+WAITS_FOR_HOST = ("alltoall", "allgather", "allgather_prereduced")  # so no CUDA graph can hold them
 
 
 def shape_of(config: BenchConfig) -> Shape:
@@ -83,6 +86,8 @@ def check(op: str, config: BenchConfig, ranks: int) -> None:
         raise ConfigError(f"topk={shape.topk}: must be at most experts={shape.experts}. Lower topk.")
     for backend in config.backends:
         backend_factory(backend, BACKENDS, op)
+        if backend == "torchtitan":
+            torchtitan.check(config)
 
 
 def route(config: BenchConfig, shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
@@ -101,6 +106,21 @@ def route(config: BenchConfig, shape: Shape, rank: int) -> tuple[Tensor, Tensor]
             scores_TE = -torch.log(torch.arange(E) + 1.0) - torch.log(-torch.log(uniform_TE))
         ids_TK = scores_TE.topk(K, dim=1).indices
     return ids_TK, scores_TE.gather(1, ids_TK).softmax(1)
+
+
+def crossing_bytes(config: BenchConfig, ranks: int) -> int:
+    """What must leave an average rank in a dispatch: each token once to each remote rank that it needs."""
+    shape = shape_of(config)
+    pairs = sum(
+        remote_pairs(route(config, shape, rank)[0], rank, shape.experts // ranks, ranks) for rank in range(ranks)
+    )
+    return pairs // ranks * shape.hidden * getattr(torch, config.dtype).itemsize
+
+
+def remote_pairs(ids_TK: Tensor, rank: int, num_local: int, ranks: int) -> int:
+    """(token, rank) pairs of `rank`'s tokens elsewhere: rows that must leave if each goes once to each such rank."""
+    owners_TK = ids_TK // num_local
+    return sum(int((owners_TK == other).any(1).sum()) for other in range(ranks) if other != rank)
 
 
 class Task:
@@ -150,9 +170,8 @@ class Task:
 
     @property
     def remote_pairs(self) -> int:
-        """(token, rank) pairs elsewhere: rows that must leave if each goes once to each rank that needs it."""
-        owners_TK = self.ids_TK // self.num_local
-        return sum(int((owners_TK == rank).any(1).sum()) for rank in range(self.mesh.world) if rank != self.mesh.rank)
+        """Rows that must leave this rank if each token goes once to each rank that needs it."""
+        return remote_pairs(self.ids_TK, self.mesh.rank, self.num_local, self.mesh.world)
 
     def wire_rows(self, backend: str, op: str) -> int | None:
         """Rows that a backend of this library sends from this rank; None for others'."""
@@ -161,6 +180,7 @@ class Task:
             "alltoall": (self.remote_routes, self.remote_routes),
             "allgather": (gathered, self.remote_routes),
             "allgather_prereduced": (gathered, gathered),
+            "torchtitan": (self.remote_routes, self.remote_routes),
         }
         if backend not in table:
             return None
@@ -175,11 +195,11 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
     row = shape.hidden * itemsize
     ways = 1 if op in ("dispatch", "combine") else 2 if op == "moe_layer" else 4
     for name in config.backends or ["alltoall"]:
-        dispatcher = backend_factory(name, BACKENDS, op)(mesh.group("ep"), shape.experts, shape.topk)
+        dispatcher = backend_factory(name, BACKENDS, op)(mesh.group("ep"), shape, task.dtype)
         if op in ("dispatch", "combine"):
-            run, wrong = (_dispatch if op == "dispatch" else _combine)(task, dispatcher)
+            work = (_dispatch if op == "dispatch" else _combine)(task, dispatcher)
         else:
-            run, wrong = _layer(task, dispatcher, op == "moe_layer_backward", config.seed)
+            work = _layer(task, dispatcher, op == "moe_layer_backward", config.seed)
         wire = task.wire_rows(name, op)
         yield Case(
             op,
@@ -187,35 +207,47 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
             shape.tokens * row,
             shape.tokens * shape.hidden,
             config.dtype,
-            run,
-            wrong,
+            work,
             logical_bytes=task.remote_pairs * row * ways,
             wire_bytes=None if wire is None else wire * row * (2 if op == "moe_layer_backward" else 1),
             label=config.shape or f"T{shape.tokens} D{shape.hidden} E{shape.experts} K{shape.topk}",
+            graph=name not in WAITS_FOR_HOST,
         )
 
 
-Built = tuple[Callable[[], Any], Callable[[], int]]
+class _Kept:
+    """Work whose result is a value of its own: the last one is kept, and asked for when it is checked."""
+
+    def __init__(self, run: Callable[[], Any], off: Callable[[Any], int]) -> None:
+        self._run, self._off, self._last = run, off, None
+
+    def work(self) -> Work:
+        return Work(self.run, self.reset, lambda: self._off(self._last))
+
+    def run(self) -> None:
+        self._last = self._run()
+
+    def reset(self) -> None:
+        self._last = None
 
 
-def _dispatch(task: Task, dispatcher: TokenDispatcher) -> Built:
+def _dispatch(task: Task, dispatcher: TokenDispatcher) -> Work:
     want_RD, ends_e = task.expected_rows()
 
     @torch.no_grad()
     def run() -> Dispatched:
         return dispatcher.dispatch(task.x_TD, task.ids_TK, task.weights_TK)
 
-    def wrong() -> int:
-        found = run()
-        off = int((found.offsets_e.long() != ends_e).sum())
+    def off(found: Dispatched) -> int:
+        wrong = int((found.offsets_e.long() != ends_e).sum())
         rows_RD = found.rows_RD[: len(want_RD)]
-        return off + (want_RD.numel() if rows_RD.shape != want_RD.shape else int((rows_RD != want_RD).sum()))
+        return wrong + (want_RD.numel() if rows_RD.shape != want_RD.shape else int((rows_RD != want_RD).sum()))
 
-    return run, wrong
+    return _Kept(run, off).work()
 
 
 @torch.no_grad()
-def _combine(task: Task, dispatcher: TokenDispatcher) -> Built:
+def _combine(task: Task, dispatcher: TokenDispatcher) -> Work:
     dispatched = dispatcher.dispatch(task.x_TD, task.ids_TK, task.weights_TK)
     rows_RD = dispatched.rows_RD.clone()
 
@@ -223,10 +255,10 @@ def _combine(task: Task, dispatcher: TokenDispatcher) -> Built:
     def run() -> Tensor:
         return dispatcher.combine(rows_RD, task.weights_TK, dispatched)
 
-    return run, lambda: num_off(run(), task.expected_sum())
+    return _Kept(run, lambda y_TD: num_off(y_TD, task.expected_sum(), task.dtype)).work()
 
 
-def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -> Built:
+def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -> Work:
     shape, device = task.shape, task.mesh.device
     generator = torch.Generator(device=device).manual_seed(seed * 7919 + task.mesh.rank)
     size = (task.num_local, 2 * shape.expert_hidden, shape.hidden)
@@ -235,21 +267,25 @@ def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -
     down = torch.randn(size, generator=generator, device=device, dtype=task.dtype) * shape.expert_hidden**-0.5
     weights = ExpertWeights(gate_up=up, down=down, apply_gate=_swiglu)
     x_TD = task.x_TD.clone().requires_grad_(backward)
+    weights_TK = task.weights_TK.clone().requires_grad_(backward)
     if backward:
         weights = replace(weights, gate_up=up.requires_grad_(), down=down.requires_grad_())
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(backward):
-            dispatched = dispatcher.dispatch(x_TD, task.ids_TK, task.weights_TK)
+            dispatched = dispatcher.dispatch(x_TD, task.ids_TK, weights_TK)
             rows_RD = local_experts(weights, dispatched.rows_RD, dispatched.offsets_e)
-            y_TD = dispatcher.combine(rows_RD, task.weights_TK, dispatched)
+            y_TD = dispatcher.combine(rows_RD, weights_TK, dispatched)
         if not backward:
-            return y_TD
+            return (y_TD,)
         # Any gradient that every rank can compute does.
-        grads = torch.autograd.grad(y_TD, (x_TD, up, down), task.x_TD)
-        return torch.cat([y_TD.detach(), grads[0]])
+        return (y_TD.detach(), *torch.autograd.grad(y_TD, (x_TD, weights_TK, up, down), task.x_TD))
 
-    return run, lambda: num_off(run(), _plain_layer(task, up, down, backward))
+    def off(found: tuple[Tensor, ...]) -> int:
+        want = _plain_layer(task, up, down, backward)
+        return sum(num_off(got, expected, task.dtype) for got, expected in zip(found, want, strict=True))
+
+    return _Kept(run, off).work()
 
 
 def _swiglu(gate_up_RF: Tensor) -> Tensor:
@@ -257,29 +293,37 @@ def _swiglu(gate_up_RF: Tensor) -> Tensor:
     return nn.functional.silu(gate_RF) * up_RF
 
 
-def _plain_layer(task: Task, up: Tensor, down: Tensor, backward: bool) -> Tensor:
-    """The layer without a dispatcher: each rank runs its experts on everybody's tokens, one at a time; all-reduce."""
+def _plain_layer(task: Task, up: Tensor, down: Tensor, backward: bool) -> list[Tensor]:
+    """The layer without a dispatcher: each rank runs its experts on everybody's tokens, one at a time; all-reduce.
+
+    Returns this rank's y_TD and, with `backward`, the gradients of x_TD, weights_TK, up and down.
+    """
     x_ND = torch.cat([task.tokens(rank) for rank in range(task.mesh.world)]).requires_grad_(backward)
     ids_NK, weights_NK = (torch.cat(each).to(task.mesh.device) for each in zip(*task.routes, strict=True))
+    weights_NK.requires_grad_(backward)
+    up, down = (each.detach().clone().requires_grad_(backward) for each in (up, down))
     with torch.set_grad_enabled(backward):
         y_ND = torch.zeros(x_ND.shape, device=x_ND.device)
         for local in range(task.num_local):
             token, column = torch.where(ids_NK == task.first + local)
-            out_RD = _swiglu(x_ND[token] @ up[local].detach().T) @ down[local].detach().T
+            out_RD = _swiglu(x_ND[token] @ up[local].T) @ down[local].T
             y_ND = y_ND.index_add(0, token, out_RD.float() * weights_NK[token, column].unsqueeze(1))
-    parts = [y_ND.detach()]
+    shared, own = [y_ND.detach()], []
     if backward:
-        parts.append(torch.autograd.grad(y_ND, x_ND, x_ND.detach().float())[0].float())
+        leaves = (x_ND, weights_NK, up, down)
+        grad_x, grad_weights, *own = torch.autograd.grad(y_ND, leaves, x_ND.detach().float())
+        shared += [grad_x.float(), grad_weights]
     here = slice(task.mesh.rank * task.shape.tokens, (task.mesh.rank + 1) * task.shape.tokens)
-    for part in parts:
+    for part in shared:
         dist.all_reduce(part, group=task.mesh.group("ep"))
-    return torch.cat([part[here] for part in parts]).to(task.dtype)
+    dtypes = (task.dtype, task.dtype, torch.float32)
+    return [part[here].to(dtype) for part, dtype in zip(shared, dtypes, strict=False)] + own
 
 
-def num_off(got: Tensor, want: Tensor) -> int:
-    """Elements further from `want` than 16 times the dtype's tolerance of its root mean square, or not finite."""
+def num_off(got: Tensor, want: Tensor, dtype: torch.dtype) -> int:
+    """Elements further from `want` than 16 times the tolerance of `dtype` of its root mean square, or not finite."""
     if got.shape != want.shape:
         return want.numel()
     scale = want.float().square().mean().sqrt().clamp_min(1e-12)
-    limit = 16 * TOLERANCE[want.dtype] * torch.maximum(want.float().abs(), scale)
+    limit = 16 * TOLERANCE[dtype] * torch.maximum(want.float().abs(), scale)
     return int((~((got.float() - want.float()).abs() <= limit)).sum())

@@ -65,9 +65,9 @@ class Dispatcher:
         return y_TD
 
 
-def dispatching(group: Any, num_experts: int, top_k: int) -> Dispatcher:
-    return Dispatcher(make_dispatcher("alltoall", group, num_experts, top_k=top_k), "dispatch")
+def dispatching(group: Any, shape: Any, dtype: Any) -> Dispatcher:
+    return Dispatcher(make_dispatcher("alltoall", group, shape.experts, top_k=shape.topk), "dispatch")
 
 
-def combining(group: Any, num_experts: int, top_k: int) -> Dispatcher:
-    return Dispatcher(make_dispatcher("alltoall", group, num_experts, top_k=top_k), "combine")
+def combining(group: Any, shape: Any, dtype: Any) -> Dispatcher:
+    return Dispatcher(make_dispatcher("alltoall", group, shape.experts, top_k=shape.topk), "combine")

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from moeweave.launch.bench import collectives, report, routed
-from moeweave.launch.bench.case import Case
-from moeweave.launch.bench.measure import figures
+from moeweave.launch.bench.case import Case, Work
+from moeweave.launch.bench.measure import Times, figures
 from moeweave.launch.bench.program import bench, main
 from moeweave.launch.schema import BenchConfig
 from programs import run
 from run_ranks import run_ranks
 
 COLLECTIVES = list(collectives.FACTORS)
+OURS = [name for name in routed.BACKENDS if name != "torchtitan"]
 SMALL = dict(device="cpu", iterations=2, warmup=1, min_size=96, max_size=960, factor=10)
 MOE = dict(tokens=37, hidden=24, experts=8, topk=3, expert_hidden=16)
 
@@ -52,9 +53,9 @@ def test_every_collective_is_right_and_timed(world: int) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_moe_operation_is_right_and_timed(world: int, dtype: str) -> None:
-    found = on_ranks(world, op=list(routed.OPS), backend=list(routed.BACKENDS), dtype=dtype)
+    found = on_ranks(world, op=list(routed.OPS), backend=OURS, dtype=dtype)
     assert [line["op"] for line in found].count("peak") == 1
-    assert len(found) == 1 + len(routed.OPS) * len(routed.BACKENDS)
+    assert len(found) == 1 + len(routed.OPS) * len(OURS)
     assert all(line["wrong"] == 0 and line["median"] > 0 for line in found)
     assert all(line["of_peak"] > 0 and line["ratio"] > 0 for line in found)
     assert all(line["ratio"] == 1 for line in found if line["backend"] == "alltoall")
@@ -83,15 +84,19 @@ def test_one_lost_element_is_noticed_by_every_operation(world: int) -> None:
 
 
 def test_bandwidths_are_those_of_nccl_tests() -> None:
-    want = {"all_reduce": 1.5, "all_gather": 0.75, "reduce_scatter": 0.75, "all_to_all": 0.75, "broadcast": 1.0}
-    assert {op: collectives.FACTORS[op](4) for op in want} == want
-    case = Case("all_reduce", "torch", 8_000_000, 2_000_000, "float32", lambda: None, lambda: 0, factor=1.5)
+    split = ("all_gather", "reduce_scatter", "all_to_all", "all_to_all_v")
+    straight = ("broadcast", "send_recv", "send_recv_both", "pairs")
+    for world in (2, 3, 4, 8):
+        want = {"all_reduce": 2 * (world - 1) / world, **dict.fromkeys(split, (world - 1) / world)}
+        assert {op: factor(world) for op, factor in collectives.FACTORS.items()} == want | dict.fromkeys(straight, 1.0)
+    nothing = Work(lambda: None, lambda: None, lambda: 0)
+    case = Case("all_reduce", "torch", 8_000_000, 2_000_000, "float32", nothing, factor=1.5)
     times = np.array([90.0, 100.0, 200.0])
-    found = figures(times, times / 10, case, None, 4)
-    assert (found["median"], found["min"], found["host"]) == (100.0, 90.0, 10.0)
+    found = figures(Times(times, times / 10, {}), case, None, 4)
+    assert (found["median"], found["min"], found["mean"], found["host"]) == (100.0, 90.0, 130.0, 10.0)
     assert (found["algbw"], found["busbw"]) == (80.0, 120.0)  # 8 MB in 100 us
     assert found["p95"] == pytest.approx(190.0)
-    moe = figures(times, times, case, 4_000_000, 4)  # a rank sends 1 MB in 100 us
+    moe = figures(Times(times, times, {}), case, 4_000_000, 4)  # a rank sends 1 MB in 100 us
     assert moe["busbw"] == 10.0
 
 
@@ -116,6 +121,13 @@ def test_routes_are_distinct_and_follow_from_the_rank_alone(routing: str) -> Non
         (["op=all_recude"], "op=all_recude: must be one of all_reduce"),
         (["op=all_gather", "ranks=3", "min_size=1000"], "Set min_size=1008"),
         (["ranks=1"], "must be at least 2"),
+        (["graph=true"], "CUDA graphs need a CUDA device"),
+        (["op=overlap", "overlap=[all_to_all,pairs]"], "must be two of all_reduce, all_gather"),
+        (["op=overlap", "ranks=3", "max_size=1000", "min_size=1000"], "must be multiples of 12"),
+        (["op=topology", "min_size=1025", "max_size=4096"], "Set min_size=1032"),
+        (["op=raw", "ranks=4", "min_size=1024"], "Set min_size=1026"),
+        (["op=dispatch", "backend=torchtitan"], "runs on CUDA devices only"),
+        (["compare", "one.jsonl"], "the following arguments are required: new"),
         (["op=dispatch", "experts=9"], "must be divisible by the 2 ranks"),
         (["op=dispatch", "shape=v4"], "must be one of v3-prefill"),
         (["op=dispatch", "backend=alltoal"], "must be one of alltoall, allgather"),
@@ -125,7 +137,7 @@ def test_routes_are_distinct_and_follow_from_the_rank_alone(routing: str) -> Non
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_2(capsys: Any, arguments: list[str], text: str) -> None:
-    assert main(["device=cpu", *arguments]) == 2
+    assert main(arguments if arguments[0] == "compare" else ["device=cpu", *arguments]) == 2
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
@@ -144,7 +156,20 @@ def test_the_program_writes_table_lines_csv_and_picture(tmp_path: Any) -> None:
     assert {"git", "versions", "device_name", "config"} <= kept[0]["context"].keys()
     assert (folder / "bench.csv").read_text().startswith("op,backend,label,size")
     assert (folder / "bench.png").stat().st_size > 5000
-    assert all(json.loads((tmp_path / f"traces/rank{rank}.json").read_text())["traceEvents"] for rank in (0, 1))
+    for rank in (0, 1):
+        traces = sorted(path.name for path in (tmp_path / f"traces/rank{rank}").iterdir())
+        assert traces == [
+            "all_reduce_torch_1024.json",
+            "all_reduce_torch_1024_in_place.json",
+            "all_reduce_torch_4096.json",
+            "all_reduce_torch_4096_in_place.json",
+            "dispatch_alltoall_T40_D256_E16_K4.json",
+            "peak_torch_equal_blocks.json",
+        ]
+        events = json.loads((tmp_path / f"traces/rank{rank}" / traces[0]).read_text())["traceEvents"]
+        named = [event.get("name") for event in events]
+        assert named.count("run") == named.count("flush and barrier") == 3
+        assert "time: all_reduce torch 1024" in named
 
 
 def test_compare_names_what_became_slower(tmp_path: Any, capsys: Any) -> None:

@@ -1,0 +1,62 @@
+"""Contiguous blocks written by this device's cores into the memory of every other rank.
+
+What it is for: the floor under any exchange that cores carry out, and how many of them saturate a link. The caller
+publishes the writes (a barrier of the windows); the kernel does not.
+Letters: W ranks, N bytes of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moeweave.kernels_ext.push_blocks import reference, triton_impl
+from moeweave.kernels_ext.registry import Implementation, Op, select
+
+__all__ = ["OP", "Peers", "push"]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The windows of all ranks, as this rank sees them.
+
+    Attributes:
+        windows: one uint8 [W, N] for each rank; row s of window p is what rank s gave rank p.
+        addresses: int64 [W] on the device, where each window begins.
+        rank: this rank.
+    """
+
+    windows: Sequence[Tensor]
+    addresses: Tensor
+    rank: int
+
+    @staticmethod
+    def of(windows: Sequence[Tensor], rank: int) -> Peers:
+        """Looks the addresses up."""
+        addresses = [window.data_ptr() for window in windows]
+        return Peers(windows, torch.tensor(addresses, dtype=torch.int64, device=windows[rank].device), rank)
+
+
+class _PushBlocks(Implementation, Protocol):
+    def push(self, x_WN: Tensor, peers: Peers, num_programs: int) -> None: ...
+
+
+OP: Op[_PushBlocks] = Op("push_blocks", (triton_impl, reference))
+
+
+def push(x_WN: Tensor, peers: Peers, *, num_programs: int = 0, impl: str = "auto") -> None:
+    """Write row p of `x_WN` to row `rank` of rank p's window, for every p but this rank.
+
+    x_WN: uint8 [W, N], contiguous. num_programs: how many programs of the kernel share the work; 0 is one for each
+    multiprocessor. Raises ValueError on other shapes, or an impl that cannot run.
+    """
+    if x_WN.dtype != torch.uint8 or x_WN.shape != peers.windows[peers.rank].shape:
+        shape = tuple(peers.windows[peers.rank].shape)
+        raise ValueError(
+            f"x ({x_WN.dtype}, {tuple(x_WN.shape)}) must be uint8 {shape}, as the windows are. View it so."
+        )
+    select(OP, x_WN, impl=impl).push(x_WN, peers, num_programs)
