@@ -91,12 +91,11 @@ def help_text(program: Program) -> str:
         "options:",
         "  --cfg               print the resolved config and stop",
         "  --config-dir DIR    search DIR for groups of your own too: DIR/experiment/mine.yaml is experiment=mine",
-        "",
-        "groups (group=option):",
     ]
     top = (compose.CONFIGS / f"{program.config}.yaml").read_text()
     chosen = dict(re.findall(r"^  - (\w+): (\w+)$", top, re.MULTILINE))
     options = compose.groups()
+    lines += ["", "groups (group=option):"] if chosen else []
     for name, default in chosen.items():
         shown = [f"{option} (default)" if option == default else option for option in options.get(name, [])]
         shown += ["any model type, config.json or folder"] if name == "model" else []

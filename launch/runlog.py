@@ -29,7 +29,10 @@ from typing import Any
 
 from moeweave.launch.schema import ConfigError
 
-PACKAGES = ("moeweave", "torch", "transformers", "numpy", "hydra-core", "omegaconf", "safetensors", "deepspeed")
+PACKAGES = (
+    "moeweave", "torch", "triton", "torch-npu", "transformers", "numpy", "hydra-core", "omegaconf", "safetensors",
+    "deepspeed", "torchtitan",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

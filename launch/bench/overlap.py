@@ -2,7 +2,8 @@
 
 On CUDA and NPUs each side has a stream of its own, on the CPU a thread of its own (the product runs in the calling
 thread). The communications have groups of their own, so that neither waits in the other's queue. The product is
-repeated until it takes about as long as the slower communication alone.
+repeated until it takes about as long as the slower communication alone. busbw is what crosses a rank's links in all
+communications together over the time.
 
 Legend: T tokens, D width, F width of an expert.
 """
@@ -26,7 +27,7 @@ from moeweave.launch.schema import BenchConfig, ConfigError
 from moeweave.parallel.mesh import Mesh
 
 PRODUCT = "matmul"
-COMMUNICATIONS = (*(op for op in collectives.FACTORS if op != "pairs"), *raw.BACKENDS)
+COMMUNICATIONS = (*(op for op in collectives.FACTORS if op != "pairs"), *raw.PLANES)
 MOST_PRODUCTS = 1000
 
 Line = dict[str, Any]
@@ -34,17 +35,15 @@ Line = dict[str, Any]
 
 def check(op: str, config: BenchConfig, ranks: int) -> None:
     """Raise ConfigError unless `overlap` names two communications whose size can be shared out."""
+    routed.shape_of(config)
     names = config.overlap
     if len(names) != 2 or not set(names) <= set(COMMUNICATIONS):
         raise ConfigError(
             f"overlap={names}: must be two of {', '.join(COMMUNICATIONS)}. Write overlap='[all_to_all,all_gather]'."
         )
     one_size = replace(config, min_size=config.max_size)
-    for name in names:
-        if name in raw.BACKENDS:
-            raw.check_planes(one_size, ranks)
-        else:
-            collectives.check(name, one_size, ranks)
+    for name in set(names) - set(raw.PLANES):
+        collectives.check(name, one_size, ranks)
 
 
 def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
@@ -173,8 +172,8 @@ def _communication(
     name: str, backend: str, config: BenchConfig, mesh: Mesh, group: dist.ProcessGroup
 ) -> tuple[Work, float]:
     """The work, and the bytes that cross the links of a rank."""
-    if name in raw.BACKENDS:
-        block = config.max_size // (mesh.world - 1)
+    if name in raw.PLANES:
+        block = raw.block_bytes(config.max_size, mesh.world)
         return raw.make_work(raw.BACKENDS[name](group, block, config), block, mesh), float(config.max_size)
     dtype: torch.dtype = getattr(torch, config.dtype)
     transport = backend_factory(backend, collectives.BACKENDS, name)(group)

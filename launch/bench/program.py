@@ -100,6 +100,9 @@ def _body(arguments: cli.Arguments) -> int:
         shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
     if ranks is None or ranks.rank == 0:
         print(report.table(lines, lines[0]["context"]))
+        if "topology" in config.ops:
+            told = "written" if lines[0]["topology"] else "not written, a result was wrong"
+            print(f"{told}: {config.topology}")
         if config.out is not None:
             report.write(lines, Path(config.out))
             print(f"written: {config.out}/bench.jsonl, bench.csv, bench.png")
@@ -110,10 +113,16 @@ def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
     """Raise ConfigError for what cannot run, before any rank starts; `own_ranks`: all on this machine."""
     if world < 2:
         raise ConfigError(f"ranks={world}: communication needs at least 2 ranks. Set ranks=2 or more.")
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if config.device not in (None, "cpu") and (found is None or found.type != config.device):
+        there = "none" if found is None else found.type
+        raise ConfigError(
+            f"device={config.device}: this machine's accelerator is {there}. Set device=cpu or leave it out."
+        )
+    on_cpu = config.device == "cpu" or found is None
     if own_ranks and not on_cpu and world > torch.accelerator.device_count():
-        found = torch.accelerator.device_count()
-        raise ConfigError(f"ranks={world}: this machine has {found} devices. Set ranks={found}, or device=cpu.")
+        count = torch.accelerator.device_count()
+        raise ConfigError(f"ranks={world}: this machine has {count} devices. Set ranks={count}, or device=cpu.")
     if config.graph and (on_cpu or not torch.version.cuda):
         raise ConfigError("graph=true: CUDA graphs need a CUDA device. Set graph=false.")
     for op in config.ops:
@@ -168,9 +177,9 @@ def _peaks(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
     plain = dataclasses.replace(config, min_size=size, max_size=size, backend="torch")
     for case in collectives.cases("all_to_all", plain, mesh):
         yield dataclasses.replace(case, op="peak", label="equal blocks")
-    if mesh.device.type == "cuda" and topology.is_one_memory(mesh):
+    if mesh.device.type in ("cuda", "cpu") and topology.is_one_memory(mesh):
         crossing = max(16, routed.crossing_bytes(config, mesh.world))
-        for case in raw.cases("raw", dataclasses.replace(config, backend=None), mesh, crossing):
+        for case in raw.cases("raw", dataclasses.replace(config, backend=list(raw.PLANES)), mesh, crossing):
             yield dataclasses.replace(case, op="peak", label="raw")
 
 
@@ -183,10 +192,13 @@ def _write_topology(lines: list[dict[str, Any]], config: BenchConfig, mesh: mw.M
 
 def _context(config: BenchConfig, mesh: mw.Mesh) -> dict[str, Any]:
     cuda = mesh.device.type == "cuda"
+    versions = runlog.versions()
+    if cuda:
+        versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     return {
         "config": dataclasses.asdict(config),
         "ranks": mesh.world,
         "device_name": torch.cuda.get_device_name() if cuda else runlog.processor(),
-        "versions": runlog.versions() | ({"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}),
+        "versions": versions,
         "git": runlog.git_state(Path(__file__).parent),
     }

@@ -2,25 +2,35 @@
 
     push    this device's cores write (Triton on CUDA, the calling thread on a CPU)
     dma     copy engines write (on a CPU, a helper thread)
+    torch   the same blocks by torch's all-to-all, to compare with
 
-The time includes the barrier after which every block is known to have arrived. `size` is what leaves a rank.
+On CUDA the memory is torch's symmetric memory, on a CPU regions that the ranks of one host share.
+
+The time includes the barrier after which every block is known to have arrived. `size` is what leaves a rank, rounded
+up to blocks of a multiple of 16 bytes.
 Legend: W ranks, N bytes of a block.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeweave.comm.peers import FIRST_KIND, Peers
+from moeweave.comm.windows_cpu import create_memory, map_memory
 from moeweave.kernels_ext import push_blocks
 from moeweave.launch.bench import collectives, routed
 from moeweave.launch.bench.case import Case, Work, backend_factory
-from moeweave.launch.schema import BenchConfig, ConfigError
+from moeweave.launch.schema import BenchConfig
 from moeweave.parallel.mesh import Mesh
+
+SECONDS = 120.0  # that a rank waits for its peers
 
 
 class Plane(Protocol):
@@ -55,7 +65,7 @@ class CudaPlane:
         if self._streams:
             self._copy(x_WN)
         else:
-            push_blocks.push(x_WN, self._peers, num_programs=self._programs)
+            push_blocks.push(x_WN, self._peers, num_programs=self._programs, impl="triton")
         self._handle.barrier(channel=0)
 
     def _copy(self, x_WN: Tensor) -> None:
@@ -70,45 +80,99 @@ class CudaPlane:
             main.wait_stream(stream)
 
 
+class CpuPlane:
+    """Regions that the ranks of one host share; a message to each peer says that its block is there."""
+
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int, helper: bool) -> None:
+        self._peers, self._size = Peers(group, timeout=SECONDS), (group.size(), num_bytes)
+        fd, memory = create_memory(group.size() * num_bytes)
+        self.window = memory.view(self._size)
+        windows = {self._peers.rank: self.window}
+        for peer in self._peers.others:
+            self._peers.send(peer, bytes([FIRST_KIND]), fd)
+        os.close(fd)
+        self._arrived = dict.fromkeys(self._peers.others, 0)
+        self._rounds = 0
+
+        def handle(rank: int, message: bytes, fds: list[int]) -> None:
+            for fd in fds:
+                windows[rank] = map_memory(fd).view(self._size)
+                os.close(fd)
+
+        self._peers.wait(lambda: [rank for rank in self._peers.others if rank not in windows], handle, "raw: windows")
+        everyones = [windows[rank] for rank in range(group.size())]
+        self._blocks = push_blocks.Peers.of(everyones, self._peers.rank)
+        self._pool = ThreadPoolExecutor(1) if helper else None
+
+    def exchange(self, x_WN: Tensor) -> None:
+        if self._pool is None:
+            push_blocks.push(x_WN, self._blocks)
+        else:
+            self._pool.submit(push_blocks.push, x_WN, self._blocks).result()
+        for peer in self._peers.others:
+            self._peers.send(peer, bytes([FIRST_KIND]))
+        self._rounds += 1
+        self._peers.wait(self._missing, self._count, "raw")
+
+    def _missing(self) -> list[int]:
+        return [rank for rank, rounds in self._arrived.items() if rounds < self._rounds]
+
+    def _count(self, rank: int, message: bytes, fds: list[int]) -> None:
+        self._arrived[rank] += 1
+
+
 def _plane(engine: bool) -> Callable[..., Plane]:
     def make(group: dist.ProcessGroup, num_bytes: int, config: BenchConfig) -> Plane:
+        if dist.get_backend(group) == "gloo":
+            return CpuPlane(group, num_bytes, engine)
         return CudaPlane(group, num_bytes, config, engine)
 
     return make
 
 
+class CollectivePlane:
+    """An all-to-all of torch.distributed over arrays of its own."""
+
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int, config: BenchConfig) -> None:
+        device = "cpu" if dist.get_backend(group) == "gloo" else torch.accelerator.current_accelerator()
+        self.window = torch.empty(group.size(), num_bytes, dtype=torch.uint8, device=device)
+        self._group = group
+
+    def exchange(self, x_WN: Tensor) -> None:
+        dist.all_to_all_single(self.window, x_WN, group=self._group)
+
+
+PLANES = ("push", "dma")
 # name: factory(group, num_bytes, config) -> Plane
-BACKENDS: dict[str, Callable[..., Any]] = {"push": _plane(engine=False), "dma": _plane(engine=True)}
+BACKENDS: dict[str, Callable[..., Plane]] = {
+    "torch": CollectivePlane,
+    "push": _plane(engine=False),
+    "dma": _plane(engine=True),
+}
 
 
 def check(op: str, config: BenchConfig, ranks: int) -> None:
-    """Raise ConfigError where sizes cannot be shared out, or the device has no memory that peers can write."""
-    check_planes(config, ranks)
+    """Raise ConfigError for a backend that does not exist, or a shape that cannot be shared out."""
+    if config.shape is not None:
+        routed.check_shape(config, ranks)
     for backend in config.backends:
         backend_factory(backend, BACKENDS, op)
-
-
-def check_planes(config: BenchConfig, ranks: int) -> None:
-    """`check`, for planes that this module chooses."""
-    for size in [] if config.shape else collectives.sizes(config):
-        if size % (ranks - 1):
-            least = -(-config.min_size // (ranks - 1)) * (ranks - 1)
-            raise ConfigError(
-                f"min_size={config.min_size}, factor={config.factor}: raw cannot share out {size} bytes to "
-                f"{ranks - 1} other ranks. Set min_size={least}."
-            )
 
 
 def cases(op: str, config: BenchConfig, mesh: Mesh, num_bytes: int = 0) -> Iterator[Case]:
     """Sizes times backends; with a shape (or `num_bytes`), what must leave a rank in its dispatch."""
     num_bytes = routed.crossing_bytes(config, mesh.world) if config.shape else num_bytes
     for size in [num_bytes] if num_bytes else collectives.sizes(config):
+        block = block_bytes(size, mesh.world)
         for name in config.backends or list(BACKENDS):
-            block = -(-size // (mesh.world - 1))
-            block = -(-block // 16) * 16 if num_bytes else block
             plane = backend_factory(name, BACKENDS, op)(mesh.group("ep"), block, config)
             work = make_work(plane, block, mesh)
             yield Case(op, name, block * (mesh.world - 1), block, "uint8", work, label=config.shape or "")
+
+
+def block_bytes(size: int, ranks: int) -> int:
+    """What goes to each other rank when `size` bytes leave one: a multiple of 16, as the devices' stores are."""
+    return -(-size // (16 * (ranks - 1))) * 16
 
 
 def make_work(plane: Plane, num_bytes: int, mesh: Mesh) -> Work:

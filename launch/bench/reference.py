@@ -1,8 +1,9 @@
 """`python -m moeweave.launch.bench.reference out=FOLDER [key=value ...]`: every figure of one machine, shape by shape.
 
 Runs moeweave-bench once for each named shape: dispatch, combine and the layer over the dispatchers, next to the bytes
-that must cross written without a collective. Decode shapes replay a CUDA graph where the device is one. Then the links
-alone, what runs beside what, and the topology. All lines go to one bench.jsonl.
+that must cross written without a collective. Decode shapes replay a CUDA graph where the device has such. Then the
+links alone, what runs beside what, and the topology. All lines go to one bench.jsonl in FOLDER. Arguments replace
+those of the runs; `backend` those of the MoE operations alone.
 """
 
 from __future__ import annotations
@@ -15,40 +16,59 @@ import torch
 from moeweave.launch import env
 from moeweave.launch.bench import program, routed
 
-MOE = ["op=[dispatch,combine,moe_layer,moe_layer_backward]", "backend=[alltoall,allgather]", "dtype=bfloat16"]
-SIZES = ["min_size=1048576", "max_size=1073741824", "factor=16"]
+MOE = f"op=[{','.join(routed.OPS)}]"
+LINKS = "op=[all_reduce,all_gather,reduce_scatter,all_to_all,send_recv,send_recv_both]"
 
 
 def runs(on_cuda: bool) -> list[list[str]]:
     """The arguments of each run, without the user's own."""
-    graph = ["graph=true"] if on_cuda else []
-    found = [[*MOE, f"shape={shape}", *(graph if "decode" in shape else [])] for shape in routed.SHAPES]
-    found.append(["op=[all_reduce,all_gather,reduce_scatter,all_to_all,send_recv,send_recv_both]", *SIZES])
+    most = 1 << 30 if on_cuda else 1 << 22
+    bf16, graph = "dtype=bfloat16", ["graph=true"] if on_cuda else []
+    found = [
+        [MOE, "backend=[alltoall,allgather]", bf16, f"shape={shape}", *(graph if "decode" in shape else [])]
+        for shape in routed.SHAPES
+    ]
+    found += [["op=raw", bf16, f"shape={shape}", *graph] for shape in routed.SHAPES]
     if on_cuda:
-        found += [["op=raw", f"shape={shape}", "dtype=bfloat16", *graph] for shape in routed.SHAPES]
-        found += [
-            ["op=raw", "backend=push", "shape=v3-prefill", "dtype=bfloat16", f"programs={n}"] for n in (8, 16, 32, 64)
-        ]
-    found.append(["op=overlap", "shape=v3-prefill", "dtype=bfloat16", "max_size=268435456"])
-    found.append(["op=topology", "max_size=1073741824", "dtype=bfloat16"])
+        found += [["op=raw", "backend=push", bf16, "shape=v3-prefill", f"programs={n}"] for n in (8, 16, 32, 64)]
+    found.append([LINKS, "min_size=1048576", f"max_size={most}", "factor=16"])
+    found.append(["op=overlap", bf16, "shape=v3-prefill", f"max_size={most // 4}"])
+    found.append(["op=topology", bf16, f"max_size={most}"])
     return found
 
 
+def merged(arguments: Sequence[str], given: Sequence[str]) -> list[str]:
+    """A run's arguments with the user's in place of those of the same name."""
+    names = {argument.partition("=")[0] for argument in given}
+    if arguments[0] != MOE:
+        given = [argument for argument in given if not argument.startswith("backend=")]
+        names -= {"backend"}
+    return [argument for argument in arguments if argument.partition("=")[0] not in names] + list(given)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The worst exit code of the runs."""
+    """The worst exit code of the runs; 2 where the arguments cannot run."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if not any(argument.startswith("out=") for argument in given):
-        print("moeweave-bench reference: error: out is missing. Write out=<folder>.", file=sys.stderr)
-        return 2
+    values = dict(argument.partition("=")[::2] for argument in given)
+    if not values.get("out"):
+        return _refuse("out is missing. Write out=<folder>.")
+    if "topology" not in values:
+        given.append(f"topology={values['out']}/topology.json")
     if env.launched_ranks() is not None:
-        print("moeweave-bench reference: error: it starts its own ranks. Run it without torchrun.", file=sys.stderr)
-        return 2
-    on_cuda = torch.cuda.is_available() and "device=cpu" not in given
+        return _refuse("it starts ranks itself. Run it without torchrun.")
     codes = []
-    for arguments in runs(on_cuda):
-        print(f"# moeweave-bench {' '.join([*arguments, *given])}", flush=True)
-        codes.append(program.main([*arguments, *given]))
+    for arguments in runs(torch.cuda.is_available() and values.get("device", "cuda") == "cuda"):
+        line = merged(arguments, given)
+        print(f"\n# moeweave-bench {' '.join(line)}", flush=True)
+        codes.append(program.main(line))
+        if codes[-1] == 2:
+            break
     return max(codes)
+
+
+def _refuse(text: str) -> int:
+    print(f"moeweave.launch.bench.reference: error: {text}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ COLUMNS = (
 
 def relate(lines: list[Line]) -> None:
     """Adds to each line `ratio`, the first backend's time over its own on the same size, and `of_peak`, its bandwidth
-    over the highest of the run's lines for `peak`."""
+    over the highest of the run's lines for `peak` and `raw`."""
     first: dict[tuple[Any, ...], float] = {}
-    peak = max((line["busbw"] for line in lines if line["op"] == "peak" and "busbw" in line), default=None)
+    peak = max((line["busbw"] for line in lines if line["op"] in ("peak", "raw") and "busbw" in line), default=None)
     for line in lines:
         key = tuple(line[name] for name in ("op", "label", "size", "in_place"))
         time = line.get("median")

@@ -68,26 +68,31 @@ WAITS_FOR_HOST = ("alltoall", "allgather", "allgather_prereduced")  # so no CUDA
 
 
 def shape_of(config: BenchConfig) -> Shape:
-    """The shape that the config names or spells out."""
+    """The shape that the config names or spells out. Raises ConfigError for an unknown name."""
     if config.shape is not None:
+        if config.shape not in SHAPES:
+            raise ConfigError(f"shape={config.shape}: must be one of {', '.join(SHAPES)}, or left out.")
         return SHAPES[config.shape]
     return Shape(config.tokens, config.hidden, config.experts, config.topk, config.expert_hidden)
 
 
 def check(op: str, config: BenchConfig, ranks: int) -> None:
     """Raise ConfigError where shape, backend or number of ranks do not fit."""
-    if config.shape is not None and config.shape not in SHAPES:
-        raise ConfigError(f"shape={config.shape}: must be one of {', '.join(SHAPES)}, or left out.")
+    check_shape(config, ranks)
+    for backend in config.backends:
+        backend_factory(backend, BACKENDS, op)
+        if backend == "torchtitan":
+            torchtitan.check(config)
+
+
+def check_shape(config: BenchConfig, ranks: int) -> None:
+    """Raise ConfigError where the shape is unknown or its experts cannot be shared out."""
     shape = shape_of(config)
     if shape.experts % ranks:
         legal = ", ".join(str(n) for n in range(2, shape.experts + 1) if shape.experts % n == 0)
         raise ConfigError(f"experts={shape.experts}: must be divisible by the {ranks} ranks. Set ranks to {legal}.")
     if shape.topk > shape.experts:
         raise ConfigError(f"topk={shape.topk}: must be at most experts={shape.experts}. Lower topk.")
-    for backend in config.backends:
-        backend_factory(backend, BACKENDS, op)
-        if backend == "torchtitan":
-            torchtitan.check(config)
 
 
 def route(config: BenchConfig, shape: Shape, rank: int) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,6 @@ def test_other_shapes_are_refused() -> None:
     x_WN, windows = blocks(2, 32, 0, "cpu")
     with pytest.raises(ValueError, match=r"x \(torch.uint8, \(2, 16\)\) must be uint8 \(2, 32\)"):
         push(x_WN[:, :16], Peers.of(windows, 0))
-    with pytest.raises(ValueError, match="impl='triton' cannot run push_blocks .* it runs on CUDA devices, not cpu"):
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run push_blocks .* it runs on CUDA devices, not cpu"):
         push(x_WN, Peers.of(windows, 0), impl="triton")
     assert bool((windows[1] == 255).all())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.launch.bench.collectives import TorchCollectives
+from moeweave.launch.bench.raw import BACKENDS
 
 
 def flip(x: Tensor) -> None:
@@ -71,3 +72,17 @@ def dispatching(group: Any, shape: Any, dtype: Any) -> Dispatcher:
 
 def combining(group: Any, shape: Any, dtype: Any) -> Dispatcher:
     return Dispatcher(make_dispatcher("alltoall", group, shape.experts, top_k=shape.topk), "combine")
+
+
+class Plane:
+    """Loses a byte of what rank 0 sends to the last rank."""
+
+    def __init__(self, group: Any, num_bytes: int, config: Any) -> None:
+        self.inner = BACKENDS["push"](group, num_bytes, config)
+        self.window = self.inner.window
+        self.last = group.rank() == group.size() - 1
+
+    def exchange(self, x_WN: Tensor) -> None:
+        self.inner.exchange(x_WN)
+        if self.last:
+            self.window[0, -1] ^= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from moeweave.launch.bench.case import Case, Work
 from moeweave.launch.bench.measure import Times, figures
 from moeweave.launch.bench.program import bench, main
 from moeweave.launch.schema import BenchConfig
-from programs import run
+from programs import fresh, run
 from run_ranks import run_ranks
 
 COLLECTIVES = list(collectives.FACTORS)
@@ -54,8 +55,10 @@ def test_every_collective_is_right_and_timed(world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_moe_operation_is_right_and_timed(world: int, dtype: str) -> None:
     found = on_ranks(world, op=list(routed.OPS), backend=OURS, dtype=dtype)
-    assert [line["op"] for line in found].count("peak") == 1
-    assert len(found) == 1 + len(routed.OPS) * len(OURS)
+    peaks = [(line["backend"], line["label"]) for line in found if line["op"] == "peak"]
+    assert peaks == [("torch", "equal blocks"), ("push", "raw"), ("dma", "raw")]
+    assert len(found) == 3 + len(routed.OPS) * len(OURS)
+    assert max(line["of_peak"] for line in found if line["op"] == "peak") == 1
     assert all(line["wrong"] == 0 and line["median"] > 0 for line in found)
     assert all(line["of_peak"] > 0 and line["ratio"] > 0 for line in found)
     assert all(line["ratio"] == 1 for line in found if line["backend"] == "alltoall")
@@ -78,7 +81,7 @@ def test_one_lost_element_is_noticed_by_every_operation(world: int) -> None:
     assert all(line["wrong"] > 0 and "median" not in line for line in found)
     for op, backend in [("dispatch", "dispatching"), ("combine", "combining")]:
         layers = [op, "moe_layer", "moe_layer_backward"]
-        found = on_ranks(world, op=layers, backend=f"bench_corrupt:{backend}")[1:]  # without the peak
+        found = on_ranks(world, op=layers, backend=f"bench_corrupt:{backend}")[3:]  # without the peaks
         assert [line["op"] for line in found] == layers
         assert all(line["wrong"] > 0 and "median" not in line for line in found)
 
@@ -125,11 +128,14 @@ def test_routes_are_distinct_and_follow_from_the_rank_alone(routing: str) -> Non
         (["op=overlap", "overlap=[all_to_all,pairs]"], "must be two of all_reduce, all_gather"),
         (["op=overlap", "ranks=3", "max_size=1000", "min_size=1000"], "must be multiples of 12"),
         (["op=topology", "min_size=1025", "max_size=4096"], "Set min_size=1032"),
-        (["op=raw", "ranks=4", "min_size=1024"], "Set min_size=1026"),
+        (["op=raw", "backend=nccl"], "must be one of torch, push, dma with op=raw"),
         (["op=dispatch", "backend=torchtitan"], "runs on CUDA devices only"),
         (["compare", "one.jsonl"], "the following arguments are required: new"),
         (["op=dispatch", "experts=9"], "must be divisible by the 2 ranks"),
         (["op=dispatch", "shape=v4"], "must be one of v3-prefill"),
+        (["op=overlap", "shape=v4"], "must be one of v3-prefill"),
+        (["op=raw", "shape=mixtral-prefill", "ranks=3"], "must be divisible by the 3 ranks"),
+        (["device=gpu"], "this machine's accelerator is"),
         (["op=dispatch", "backend=alltoal"], "must be one of alltoall, allgather"),
         (["op=dispatch", "backend=no.such:thing"], "Name an importable module"),
         (["routing=zip"], "Did you mean routing=zipf?"),
@@ -152,7 +158,7 @@ def test_the_program_writes_table_lines_csv_and_picture(tmp_path: Any) -> None:
     assert "algbw    busbw  #wrong" in done.out
     folder = tmp_path / "files"
     kept = [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
-    assert len(kept) == 2 * (1 + 2 * 2 + 1)  # the peak, two sizes in and out of place, one dispatch; two runs
+    assert len(kept) == 2 * (3 + 2 * 2 + 1)  # the peaks, two sizes in and out of place, one dispatch; two runs
     assert {"git", "versions", "device_name", "config"} <= kept[0]["context"].keys()
     assert (folder / "bench.csv").read_text().startswith("op,backend,label,size")
     assert (folder / "bench.png").stat().st_size > 5000
@@ -164,6 +170,8 @@ def test_the_program_writes_table_lines_csv_and_picture(tmp_path: Any) -> None:
             "all_reduce_torch_4096.json",
             "all_reduce_torch_4096_in_place.json",
             "dispatch_alltoall_T40_D256_E16_K4.json",
+            "peak_dma_raw.json",
+            "peak_push_raw.json",
             "peak_torch_equal_blocks.json",
         ]
         events = json.loads((tmp_path / f"traces/rank{rank}" / traces[0]).read_text())["traceEvents"]
@@ -186,6 +194,40 @@ def test_compare_names_what_became_slower(tmp_path: Any, capsys: Any) -> None:
     captured = capsys.readouterr()
     assert "+50.0%  SLOWER" in captured.out and "WRONG" in captured.out
     assert "does not exist" in captured.err
+
+
+def test_npus_get_the_names_and_columns_of_hccl_test() -> None:
+    line = dict(
+        op="all_reduce", backend="torch", label="", size=8192, count=2048, dtype="float32", redop="sum", wrong=0
+    )
+    line |= dict(in_place=False, logical_bytes=None, wire_bytes=None, device="npu", median=90.0, mean=100.0, busbw=0.1)
+    lines = [line, dict(line, in_place=True, mean=1.0), dict(line, size=16384, wrong=2)]
+    del lines[2]["mean"]
+    context = dict(device_name="Ascend910", ranks=2, versions={"torch": "2"})
+    text = report.table(lines, context).splitlines()
+    at = text.index("# HcclAllReduce")
+    assert [" ".join(row.split()) for row in text[at + 1 : at + 4]] == [
+        "data_size(Bytes): | aveg_time(us): | alg_bandwidth(GB/s): | check_result:",
+        "8192 | 100.00 | 0.08192 | success",
+        "16384 | - | - | failed",
+    ]
+    assert text[at + 5] == "# all_reduce"  # nccl-tests' columns follow, with in-place lines
+    assert "Hccl" not in report.table([dict(line, device="cuda")], context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_under_torchrun_the_ranks_found_are_used(tmp_path: Any, ranks: int) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    program = ["-m", "moeweave.launch.bench", "op=[all_to_all,dispatch,raw]", "device=cpu", "iterations=2"]
+    done = fresh([*launcher, *program, "max_size=4096", "out=files"], tmp_path)
+    assert (done.code, done.left) == (0, ()), done.err
+    assert done.out.count("# Out of bounds values : 0 OK") == 1
+    kept = [json.loads(line) for line in (tmp_path / "files/bench.jsonl").read_text().splitlines()]
+    assert {line["ranks"] for line in kept} == {ranks}
+    done = fresh([*launcher, *program[:2], "op=nothing"], tmp_path)
+    assert done.code != 0
+    assert done.err.count("moeweave-bench: error: op=nothing") == 1
 
 
 def test_a_line_that_was_wrong_has_no_time_in_the_table() -> None:
