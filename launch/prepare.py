@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeweave.launch import data
+from moeweave.comm.topology import Topology
+from moeweave.launch import data, env
 from moeweave.launch.schema import ConfigError, DataConfig, MeshConfig, ModelConfig
 from moeweave.parallel.adapter import find_moe_blocks
 from moeweave.parallel.hf.build import build_model
@@ -19,7 +20,10 @@ from moeweave.parallel.schedules import Layout
 
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
     """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
-    Plan.from_dict(plan)
+    parsed = Plan.from_dict(plan)
+    ranks = env.launched_ranks()
+    if parsed.topology is not None and (ranks is None or ranks.rank == 0):
+        Topology.load(parsed.topology)  # other hosts need not have the file
     check_axes(mesh.sizes())
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
     blocks = find_moe_blocks(built)
