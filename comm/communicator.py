@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 # torch 2.13 renamed the two; 2.11 has only the old names.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _group_called: Callable[[str], dist.ProcessGroup] = distributed_c10d._resolve_process_group  # type: ignore[assignment]
 
 
@@ -66,7 +66,7 @@ class Communicator:
         if self.size == 1:
             return x.unsqueeze(0)
         gathered = x.new_empty((self.size, *x.shape))
-        all_gather_single(gathered.view(-1, *x.shape[1:]) if x.dim() else gathered, x.contiguous(), group=self.group)
+        _all_gather(gathered.view(-1, *x.shape[1:]) if x.dim() else gathered, x.contiguous(), group=self.group)
         return gathered
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Communicator:
         if self.size == 1:
             return x.squeeze(0)
         reduced = x.new_empty(x.shape[1:])
-        reduce_scatter_single(reduced, x.contiguous().view(-1, *x.shape[2:]), group=self.group)
+        _reduce_scatter(reduced, x.contiguous().view(-1, *x.shape[2:]), group=self.group)
         return reduced
 
     def all_reduce(self, x: Tensor) -> Tensor:

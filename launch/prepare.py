@@ -20,11 +20,9 @@ from moeweave.parallel.schedules import Layout
 
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
     """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
-    parsed = Plan.from_dict(plan)
-    ranks = env.launched_ranks()
-    if parsed.topology is not None and (ranks is None or ranks.rank == 0):
-        Topology.load(parsed.topology)  # other hosts need not have the file
+    Plan.from_dict(plan)
     check_axes(mesh.sizes())
+    _check_topology(plan.get("topology"))
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
     blocks = find_moe_blocks(built)
     if mesh.ep > 1 and not blocks:
@@ -32,6 +30,12 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     for block in blocks:
         mesh.sizes().check_experts(block.num_experts, block.path)
     return built
+
+
+def _check_topology(path: str | None) -> None:
+    ranks = env.launched_ranks()
+    if path is not None and (ranks is None or ranks.rank == 0):  # other hosts need not have the file
+        Topology.load(path)
 
 
 def check_microbatches(count: int, mesh: MeshConfig, plan: dict[str, Any]) -> None:

@@ -31,8 +31,8 @@ class Plan:
         data: engine of the data axes. "fsdp2" shards dense parameters over dp (and replicates over dp_replicate, HSDP);
             "ddp" keeps a full copy on every rank and all-reduces gradients.
         dispatcher: "alltoall", "allgather", "ascend" (inference on NPUs), or "auto" (from top-k and ep, logged once).
-        combine: "exact", "prereduced", or None for the dispatcher's default.
         topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.
+        combine: "exact", "prereduced", or None for the dispatcher's default.
         aux: whose tokens the load-balancing loss sees: "global" (all data ranks') or "rank" (each rank's own).
         capacity: an expert takes at most ceil(capacity * tokens * top_k / experts) routes of a rank; None drops none.
         drop: which routes go when an expert is over capacity: the least probable, or the last by position.
@@ -48,8 +48,8 @@ class Plan:
 
     data: str = "fsdp2"
     dispatcher: str = "auto"
-    combine: str | None = None
     topology: str | None = None
+    combine: str | None = None
     aux: str = "global"
     capacity: float | None = None
     drop: str = "probability"

@@ -70,9 +70,9 @@ def make_dispatcher(
     num_experts: int,
     *,
     top_k: int = 1,
+    topology: str | None = None,
     combine: str | None = None,
     ascend: AscendOptions | None = None,
-    topology: str | None = None,
 ) -> TokenDispatcher:
     """A dispatcher over `group` (None: this rank alone).
 
@@ -80,13 +80,12 @@ def make_dispatcher(
         name: "alltoall", "allgather", "ascend" (inference on NPUs) or "auto", which picks one of the first two.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
+        topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.
         combine: "exact", "prereduced", or None for the dispatcher's default.
         ascend: options of the dispatcher of that name, None for its defaults.
-        topology: file of measurements for `auto`; the group's first rank reads it for all.
 
     Raises:
-        ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU; a topology
-            file that is missing or holds something else.
+        ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU.
     """
     validate_choice(name, combine)
     size = 1 if group is None else group.size()

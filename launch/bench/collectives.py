@@ -15,10 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeweave.comm.communicator import all_gather_single, reduce_scatter_single
 from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.schema import BenchConfig, ConfigError
 from moeweave.parallel.mesh import Mesh
+
+# torch 2.13 renamed the two and warns of the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # op: bus-bandwidth factor over W ranks.
 FACTORS: dict[str, Callable[[int], float]] = {
@@ -62,10 +65,10 @@ class TorchCollectives:
         dist.all_reduce(out, group=self.group)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
-        all_gather_single(out, x, group=self.group)
+        _all_gather(out, x, group=self.group)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
-        reduce_scatter_single(out, x, group=self.group)
+        _reduce_scatter(out, x, group=self.group)
 
     def all_to_all(self, out: Tensor, x: Tensor, receives: list[int] | None, sends: list[int] | None) -> None:
         dist.all_to_all_single(out, x, receives, sends, group=self.group)

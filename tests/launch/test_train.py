@@ -191,7 +191,6 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, kind):
         (["stps=3"], "unknown config key stps"),
         (["plan.dispatchr=alltoall"], "Did you mean plan.dispatcher?"),
         (["plan.dispatcher=alltol"], "alltoall"),
-        (["plan.topology=nowhere.json"], "topology (nowhere.json) must be a file"),
         (["mesh.dp=6", "mesh.ep=4", "batch_size=12"], "ep can be 1, 2, 3, 6"),
         (["mesh.dp=16", "mesh.ep=16", "batch_size=16"], "ep (16) must divide the number of experts (8)"),
         (["mesh.pp=2"], "microbatches (1) must be at least 2"),
@@ -204,6 +203,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, kind):
         (["model=llama"], "has no experts to share out. Set mesh.ep=1"),
         (["model=switch_transformers"], "SwitchTransformersExperts"),
         (["resume=nowhere"], "resume=nowhere: no such folder"),
+        (["plan.topology=nowhere.json"], "topology (nowhere.json) must be a file"),
         (["--stpes"], "unknown option --stpes"),
     ],
 )
