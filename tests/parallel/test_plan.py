@@ -50,7 +50,7 @@ def test_a_plan_is_copied_and_pickled_like_any_value() -> None:
 
 
 def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
-    with pytest.raises(ValueError, match=r"Plan has no field 'zzz'\. It has: data, dispatcher, combine"):
+    with pytest.raises(ValueError, match=r"Plan has no field 'zzz'\. It has: data, dispatcher, topology, combine"):
         Plan.from_dict({"zzz": 1})
 
 
