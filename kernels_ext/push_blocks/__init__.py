@@ -17,11 +17,11 @@ from torch import Tensor
 from moeweave.kernels_ext.push_blocks import reference, triton_impl
 from moeweave.kernels_ext.registry import Implementation, Op, select
 
-__all__ = ["OP", "Peers", "push"]
+__all__ = ["OP", "PeerWindows", "push"]
 
 
 @dataclass(frozen=True)
-class Peers:
+class PeerWindows:
     """The windows of all ranks, as this rank sees them.
 
     Attributes:
@@ -35,20 +35,20 @@ class Peers:
     rank: int
 
     @staticmethod
-    def of(windows: Sequence[Tensor], rank: int) -> Peers:
+    def of(windows: Sequence[Tensor], rank: int) -> PeerWindows:
         """Looks the addresses up."""
         addresses = [window.data_ptr() for window in windows]
-        return Peers(windows, torch.tensor(addresses, dtype=torch.int64, device=windows[rank].device), rank)
+        return PeerWindows(windows, torch.tensor(addresses, dtype=torch.int64, device=windows[rank].device), rank)
 
 
 class _PushBlocks(Implementation, Protocol):
-    def push(self, x_WN: Tensor, peers: Peers, num_programs: int) -> None: ...
+    def push(self, x_WN: Tensor, peers: PeerWindows, num_programs: int) -> None: ...
 
 
 OP: Op[_PushBlocks] = Op("push_blocks", (triton_impl, reference))
 
 
-def push(x_WN: Tensor, peers: Peers, *, num_programs: int = 0, impl: str = "auto") -> None:
+def push(x_WN: Tensor, peers: PeerWindows, *, num_programs: int = 0, impl: str = "auto") -> None:
     """Write row p of `x_WN` to row `rank` of rank p's window, for every p but this rank.
 
     x_WN: uint8 [W, N], contiguous. num_programs: how many programs of the kernel share the work; 0 is one for each

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moeweave.kernels_ext.push_blocks import Peers
+    from moeweave.kernels_ext.push_blocks import PeerWindows
 
 name = "reference"
 
@@ -20,7 +20,7 @@ def supports(*tensors: Tensor) -> str | None:
     return None
 
 
-def push(x_WN: Tensor, peers: Peers, num_programs: int = 0) -> None:
+def push(x_WN: Tensor, peers: PeerWindows, num_programs: int = 0) -> None:
     """Rank 1 of 4 writes to 2, 3, 0 in this order, so that no two ranks begin with the same peer."""
     num_ranks = len(peers.windows)
     for step in range(1, num_ranks):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moeweave.kernels_ext.push_blocks import Peers
+    from moeweave.kernels_ext.push_blocks import PeerWindows
 
 name = "triton"
 
@@ -31,7 +31,7 @@ def supports(*tensors: Tensor) -> str | None:
     return None
 
 
-def push(x_WN: Tensor, peers: Peers, num_programs: int = 0) -> None:
+def push(x_WN: Tensor, peers: PeerWindows, num_programs: int = 0) -> None:
     """Same contract as `reference.push`; `num_programs` of them share the steps, 0 is one for each multiprocessor."""
     from moeweave.kernels_ext.push_blocks.triton_kernel import push_kernel
 

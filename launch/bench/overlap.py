@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeweave.launch.bench import collectives, raw, routed
+from moeweave.launch.bench import collectives, raw, shapes
 from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.schema import BenchConfig, ConfigError
 from moeweave.parallel.mesh import Mesh
@@ -35,12 +35,13 @@ Line = dict[str, Any]
 
 def check(op: str, config: BenchConfig, ranks: int) -> None:
     """Raise ConfigError unless `overlap` names two communications whose size can be shared out."""
-    routed.shape_of(config)
+    shapes.shape_of(config)
     names = config.overlap
     if len(names) != 2 or not set(names) <= set(COMMUNICATIONS):
         raise ConfigError(
             f"overlap={names}: must be two of {', '.join(COMMUNICATIONS)}. Write overlap='[all_to_all,all_gather]'."
         )
+    raw.check_planes(names, config)
     one_size = replace(config, min_size=config.max_size)
     for name in set(names) - set(raw.PLANES):
         collectives.check(name, one_size, ranks)
@@ -184,7 +185,7 @@ def _communication(
 
 def _product(config: BenchConfig, mesh: Mesh, target_us: float) -> Work:
     """x_TD times w_DF of small whole numbers, whose sums are exact, as often as fills `target_us`."""
-    shape, dtype = routed.shape_of(config), getattr(torch, config.dtype)
+    shape, dtype = shapes.shape_of(config), getattr(torch, config.dtype)
     x_TD = _signs(shape.tokens, shape.hidden, mesh.device)
     w_DF = _signs(shape.hidden, shape.expert_hidden, mesh.device)
     want_TF = (x_TD @ w_DF).to(dtype)

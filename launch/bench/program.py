@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 import moeweave as mw
 from moeweave.launch import cli, compose, elastic, env, runlog
-from moeweave.launch.bench import collectives, overlap, raw, report, routed, topology
+from moeweave.launch.bench import collectives, overlap, raw, report, routed, shapes, topology
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.measure import measure
 from moeweave.launch.schema import BenchConfig, ConfigError
@@ -170,7 +170,7 @@ def _peaks(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
     """What the links give in this run: an all-to-all of equal blocks and, where memory can be written across, the
     bytes that a dispatch of this shape must send, written without a collective.
     """
-    shape = routed.shape_of(config)
+    shape = shapes.shape_of(config)
     item = getattr(torch, config.dtype).itemsize
     most = 1 << 20 if mesh.device.type == "cpu" else PEAK_BYTES
     size = max(shape.tokens * shape.hidden * item, most) // (item * mesh.world) * item * mesh.world
@@ -178,7 +178,7 @@ def _peaks(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
     for case in collectives.cases("all_to_all", plain, mesh):
         yield dataclasses.replace(case, op="peak", label="equal blocks")
     if mesh.device.type in ("cuda", "cpu") and topology.is_one_memory(mesh):
-        crossing = max(16, routed.crossing_bytes(config, mesh.world))
+        crossing = max(16, shapes.crossing_bytes(config, mesh.world))
         for case in raw.cases("raw", dataclasses.replace(config, backend=list(raw.PLANES)), mesh, crossing):
             yield dataclasses.replace(case, op="peak", label="raw")
 
@@ -198,7 +198,7 @@ def _context(config: BenchConfig, mesh: mw.Mesh) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
         "ranks": mesh.world,
-        "device_name": torch.cuda.get_device_name() if cuda else runlog.processor(),
+        "device_name": topology.device_name(mesh.device),
         "versions": versions,
         "git": runlog.git_state(Path(__file__).parent),
     }

@@ -14,7 +14,7 @@ Legend: W ranks, N bytes of a block.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from moeweave.comm.peers import FIRST_KIND, Peers
 from moeweave.comm.windows_cpu import create_memory, map_memory
 from moeweave.kernels_ext import push_blocks
-from moeweave.launch.bench import collectives, routed
+from moeweave.launch.bench import collectives, shapes
 from moeweave.launch.bench.case import Case, Work, backend_factory
-from moeweave.launch.schema import BenchConfig
+from moeweave.launch.schema import BenchConfig, ConfigError
 from moeweave.parallel.mesh import Mesh
 
 SECONDS = 120.0  # that a rank waits for its peers
@@ -57,7 +57,7 @@ class CudaPlane:
         self.window = symmetric.empty(size, num_bytes, dtype=torch.uint8, device=device)
         self._handle = symmetric.rendezvous(self.window, group)
         views = [self._handle.get_buffer(peer, (size, num_bytes), torch.uint8) for peer in range(size)]
-        self._peers = push_blocks.Peers.of(views, rank)
+        self._peers = push_blocks.PeerWindows.of(views, rank)
         self._programs = config.programs or 0
         self._streams = [torch.cuda.Stream(device) for _ in range(size - 1)] if engine else []
 
@@ -101,7 +101,7 @@ class CpuPlane:
 
         self._peers.wait(lambda: [rank for rank in self._peers.others if rank not in windows], handle, "raw: windows")
         everyones = [windows[rank] for rank in range(group.size())]
-        self._blocks = push_blocks.Peers.of(everyones, self._peers.rank)
+        self._blocks = push_blocks.PeerWindows.of(everyones, self._peers.rank)
         self._pool = ThreadPoolExecutor(1) if helper else None
 
     def exchange(self, x_WN: Tensor) -> None:
@@ -152,16 +152,24 @@ BACKENDS: dict[str, Callable[..., Plane]] = {
 
 
 def check(op: str, config: BenchConfig, ranks: int) -> None:
-    """Raise ConfigError for a backend that does not exist, or a shape that cannot be shared out."""
+    """Raise ConfigError for a backend that does not exist or not here, or a shape that cannot be shared out."""
+    check_planes(config.backends or PLANES, config)
     if config.shape is not None:
-        routed.check_shape(config, ranks)
+        shapes.check_shape(config, ranks)
     for backend in config.backends:
         backend_factory(backend, BACKENDS, op)
 
 
+def check_planes(names: Iterable[str], config: BenchConfig) -> None:
+    """Raise ConfigError where the device has no memory that this module's planes can write across."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if set(names) & set(PLANES) and config.device != "cpu" and found is not None and found.type != "cuda":
+        raise ConfigError(f"device={found.type}: push and dma run on cuda and cpu. Set backend=torch or device=cpu.")
+
+
 def cases(op: str, config: BenchConfig, mesh: Mesh, num_bytes: int = 0) -> Iterator[Case]:
     """Sizes times backends; with a shape (or `num_bytes`), what must leave a rank in its dispatch."""
-    num_bytes = routed.crossing_bytes(config, mesh.world) if config.shape else num_bytes
+    num_bytes = shapes.crossing_bytes(config, mesh.world) if config.shape else num_bytes
     for size in [num_bytes] if num_bytes else collectives.sizes(config):
         block = block_bytes(size, mesh.world)
         for name in config.backends or list(BACKENDS):

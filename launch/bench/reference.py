@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from moeweave.launch import env
-from moeweave.launch.bench import program, routed
+from moeweave.launch.bench import program, routed, shapes
 
 MOE = f"op=[{','.join(routed.OPS)}]"
 LINKS = "op=[all_reduce,all_gather,reduce_scatter,all_to_all,send_recv,send_recv_both]"
@@ -26,9 +26,9 @@ def runs(on_cuda: bool) -> list[list[str]]:
     bf16, graph = "dtype=bfloat16", ["graph=true"] if on_cuda else []
     found = [
         [MOE, "backend=[alltoall,allgather]", bf16, f"shape={shape}", *(graph if "decode" in shape else [])]
-        for shape in routed.SHAPES
+        for shape in shapes.SHAPES
     ]
-    found += [["op=raw", bf16, f"shape={shape}", *graph] for shape in routed.SHAPES]
+    found += [["op=raw", bf16, f"shape={shape}", *graph] for shape in shapes.SHAPES]
     if on_cuda:
         found += [["op=raw", "backend=push", bf16, "shape=v3-prefill", f"programs={n}"] for n in (8, 16, 32, 64)]
     found.append([LINKS, "min_size=1048576", f"max_size={most}", "factor=16"])

@@ -108,12 +108,18 @@ def table(found: Topology) -> list[str]:
 def _place(device: torch.device) -> Place:
     host = socket.gethostname()
     if device.type != "cuda":
-        name = runlog.processor() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name())
-        return Place(host, device.index or 0, name, [], [])
+        return Place(host, device.index or 0, device_name(device), [], [])
     index = torch.cuda.current_device()
     count = torch.cuda.device_count()
     reaches = [other == index or torch.cuda.can_device_access_peer(index, other) for other in range(count)]
-    return Place(host, index, torch.cuda.get_device_name(), reaches, _driver_links().get(index, []))
+    links = _driver_links()
+    # With some devices hidden, the driver's numbers are not torch's.
+    return Place(host, index, device_name(device), reaches, links.get(index, []) if len(links) == count else [])
+
+
+def device_name(device: torch.device) -> str:
+    """The product's name, of the CPU as well."""
+    return runlog.processor() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
 
 
 def _driver_links() -> dict[int, list[str]]:

@@ -8,25 +8,17 @@ them; what only the library itself needs goes through `Dispatched.handle`. Name 
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moeweave.comm.dispatch import Dispatched
+from moeweave.launch.bench.shapes import Shape
 from moeweave.launch.schema import BenchConfig, ConfigError
 
 PACKAGE = "torchtitan.distributed.minimal_async_ep"
-
-
-class Sizes(Protocol):
-    """What the adapter reads of a `routed.Shape`."""
-
-    tokens: int
-    hidden: int
-    experts: int
-    topk: int
 
 
 def check(config: BenchConfig) -> None:
@@ -44,7 +36,7 @@ def check(config: BenchConfig) -> None:
 class MinimalAsyncEP:
     """A row a route, pushed through symmetric memory straight to its place in expert-major order; combine is exact."""
 
-    def __init__(self, group: ProcessGroup, shape: Sizes, dtype: torch.dtype) -> None:
+    def __init__(self, group: ProcessGroup, shape: Shape, dtype: torch.dtype) -> None:
         self.library: Any = importlib.import_module(PACKAGE)
         self.size, self.num_experts = group.size(), shape.experts
         local = shape.experts // self.size

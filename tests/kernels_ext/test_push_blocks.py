@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeweave.kernels_ext.push_blocks import OP, Peers, push
+from moeweave.kernels_ext.push_blocks import OP, PeerWindows, push
 from moeweave.kernels_ext.registry import select
 
 
@@ -28,7 +28,7 @@ def check(x_WN: Tensor, windows: list[Tensor], rank: int) -> None:
 @pytest.mark.parametrize("num_ranks, rank", [(1, 0), (2, 1), (4, 2)])
 def test_blocks_go_to_their_places(num_ranks: int, rank: int, num_bytes: int) -> None:
     x_WN, windows = blocks(num_ranks, num_bytes, rank, "cpu")
-    push(x_WN, Peers.of(windows, rank))
+    push(x_WN, PeerWindows.of(windows, rank))
     check(x_WN, windows, rank)
 
 
@@ -38,7 +38,7 @@ def test_blocks_go_to_their_places(num_ranks: int, rank: int, num_bytes: int) ->
 @pytest.mark.parametrize("num_programs", [0, 1, 7])
 def test_the_kernel_writes_what_copies_would(num_ranks: int, rank: int, num_bytes: int, num_programs: int) -> None:
     x_WN, windows = blocks(num_ranks, num_bytes, rank, "cuda")
-    peers = Peers.of(windows, rank)
+    peers = PeerWindows.of(windows, rank)
     assert select(OP, x_WN).name == "triton"
     push(x_WN, peers, num_programs=num_programs, impl="triton")
     torch.cuda.synchronize()
@@ -53,7 +53,7 @@ def test_offsets_beyond_2_to_the_31_bytes() -> None:
     x_WN = torch.zeros(2, num_bytes, dtype=torch.uint8, device="cuda")
     x_WN[:, -16:] = 7
     window = torch.full_like(x_WN, 255)
-    push(x_WN, Peers.of([x_WN, window], 0), impl="triton")
+    push(x_WN, PeerWindows.of([x_WN, window], 0), impl="triton")
     assert bool((window[0, -16:] == 7).all())
     assert bool((window[0, :-16] == 0).all())
     assert bool((window[1, -16:] == 255).all())
@@ -62,7 +62,7 @@ def test_offsets_beyond_2_to_the_31_bytes() -> None:
 def test_other_shapes_are_refused() -> None:
     x_WN, windows = blocks(2, 32, 0, "cpu")
     with pytest.raises(ValueError, match=r"x \(torch.uint8, \(2, 16\)\) must be uint8 \(2, 32\)"):
-        push(x_WN[:, :16], Peers.of(windows, 0))
+        push(x_WN[:, :16], PeerWindows.of(windows, 0))
     with pytest.raises(ValueError, match=r"impl='triton' cannot run push_blocks .* it runs on CUDA devices, not cpu"):
-        push(x_WN, Peers.of(windows, 0), impl="triton")
+        push(x_WN, PeerWindows.of(windows, 0), impl="triton")
     assert bool((windows[1] == 255).all())

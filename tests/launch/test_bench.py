@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeweave.launch.bench import collectives, report, routed
+from moeweave.launch.bench import collectives, report, routed, shapes
 from moeweave.launch.bench.case import Case, Work
 from moeweave.launch.bench.measure import Times, figures
 from moeweave.launch.bench.program import bench, main
@@ -106,11 +106,11 @@ def test_bandwidths_are_those_of_nccl_tests() -> None:
 @pytest.mark.parametrize("routing", ["uniform", "balanced", "zipf", "one_hot"])
 def test_routes_are_distinct_and_follow_from_the_rank_alone(routing: str) -> None:
     config = BenchConfig(**MOE, routing=routing)
-    shape = routed.shape_of(config)
-    ids_TK, weights_TK = routed.route(config, shape, 1)
+    shape = shapes.shape_of(config)
+    ids_TK, weights_TK = shapes.route(config, shape, 1)
     assert ids_TK.shape == weights_TK.shape == (37, 3)
     assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 8 for row in ids_TK.tolist())
-    assert torch.equal(ids_TK, routed.route(config, shape, 1)[0])
+    assert torch.equal(ids_TK, shapes.route(config, shape, 1)[0])
     counts = torch.bincount(ids_TK.reshape(-1), minlength=8)
     if routing == "balanced":
         assert int(counts.max() - counts.min()) <= 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moeweave.launch.bench import routed
+from moeweave.launch.bench import shapes
 from moeweave.launch.bench.program import bench
 from moeweave.launch.schema import BenchConfig
 from programs import run
@@ -44,14 +44,17 @@ def test_one_lost_byte_is_noticed(world: int) -> None:
 
 
 def test_a_shape_means_the_bytes_that_must_leave_in_its_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = routed.Shape(37, 24, 8, 3, 16)
-    monkeypatch.setitem(routed.SHAPES, "small", shape)
+    shape = shapes.Shape(37, 24, 8, 3, 16)
+    monkeypatch.setitem(shapes.SHAPES, "small", shape)
     # All tokens go to experts 0, 1 (rank 0) and 2 (rank 1): once from ranks 0 and 1, twice from ranks 2 and 3.
     config = BenchConfig(shape="small", routing="one_hot", dtype="bfloat16")
-    assert routed.crossing_bytes(config, 4) == 37 * 6 // 4 * 24 * 2
+    assert shapes.crossing_bytes(config, 4) == 37 * 6 // 4 * 24 * 2
     # Three experts in a row of 8 on 4 ranks of 2: a token needs two ranks, one of which may be its own.
     balanced = BenchConfig(shape="small", routing="balanced", dtype="bfloat16")
-    assert 37 * 24 * 2 <= routed.crossing_bytes(balanced, 4) <= 37 * 24 * 2 * 2
+    assert 37 * 24 * 2 <= shapes.crossing_bytes(balanced, 4) <= 37 * 24 * 2 * 2
+    # Top-8 of 256 on 4 ranks: a rank is needed unless all 8 are elsewhere, about 1 - 0.75 ** 8, and 3 are remote.
+    config = BenchConfig(shape="v3-decode128", dtype="bfloat16")
+    assert shapes.crossing_bytes(config, 4) / (128 * 7168 * 2) == pytest.approx(3 * (1 - 0.75**8), abs=0.05)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moeweave.launch import compose
-from moeweave.launch.bench import program, reference, routed
+from moeweave.launch.bench import program, reference, routed, shapes
 from moeweave.launch.schema import BenchConfig
 from programs import run
 
@@ -22,8 +22,8 @@ def test_every_run_can_start(on_cuda: bool) -> None:
         for op in config.ops:
             program.OPS[op].check(op, config, 4)
     moe = [config.shape for config in configs if config.ops == list(routed.OPS)]
-    assert moe == list(routed.SHAPES)
-    assert [config.shape for config in configs if config.ops == ["raw"]][:6] == list(routed.SHAPES)
+    assert moe == list(shapes.SHAPES)
+    assert [config.shape for config in configs if config.ops == ["raw"]][:6] == list(shapes.SHAPES)
 
 
 def test_given_arguments_replace_those_of_the_runs() -> None:
