@@ -1,4 +1,4 @@
-"""Rows quantised with a scale of their own: int8 a token, fp8 e4m3 a token or a group of 128 columns.
+"""Rows quantised with a scale of their own: int8 a token; fp8, e4m3 or e5m2, a token or a group of 128 columns.
 
 `encode` picks its implementation; `decode` is one multiplication and has none to pick. Both are plain functions of
 data: straight-through gradients belong to whoever sends the rows.
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from moeweave.kernels_ext.quantize_rows import npu_impl, reference
+from moeweave.kernels_ext.quantize_rows.reference import CODES, GROUP
 from moeweave.kernels_ext.registry import Implementation, Op, select
 
-__all__ = ["FORMATS", "OP", "decode", "encode"]
+__all__ = ["CODES", "FORMATS", "GROUP", "OP", "decode", "encode"]
 
-FORMATS = ("int8", "fp8", "fp8_group128")
+FORMATS = ("int8", "fp8", "fp8_e5m2", "fp8_group128", "fp8_e5m2_group128")
 
 
 class _QuantizeRows(Implementation, Protocol):
@@ -28,11 +29,12 @@ OP: Op[_QuantizeRows] = Op("quantize_rows", (npu_impl, reference))
 
 
 def encode(rows_RD: Tensor, kind: str = "int8", *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Quantise each row: codes = rows / scales, scales = amax / 127 (int8) or amax / 448 (fp8).
+    """Quantise each row: codes = rows / scales, scales = amax / 127 (int8), / 448 (fp8) or / 57344 (fp8_e5m2).
 
     rows_RD: [R, D], floating point; R may be 0.
-    kind: "int8", "fp8", or "fp8_group128" (D a multiple of 128).
-    Returns codes [R, D], int8 or float8_e4m3fn, and scales float32 [R, G], never zero.
+    kind: "int8", "fp8" (e4m3), "fp8_e5m2", or one of the last two with "_group128" (D a multiple of 128).
+    Returns codes [R, D], int8, float8_e4m3fn or float8_e5m2, and scales float32 [R, G], never zero; NaN, with codes 0,
+    for what holds a NaN or an infinity.
     Raises ValueError on an unknown kind, another shape or dtype, or an impl that cannot run.
     """
     if kind not in FORMATS:
@@ -41,8 +43,11 @@ def encode(rows_RD: Tensor, kind: str = "int8", *, impl: str = "auto") -> tuple[
         raise ValueError(
             f"rows ({rows_RD.dtype}, {tuple(rows_RD.shape)}) must be floating point [R, D], D > 0. Reshape or cast."
         )
-    if kind == "fp8_group128" and rows_RD.shape[1] % reference.GROUP:
-        raise ValueError(f"columns ({rows_RD.shape[1]}) must be a multiple of 128 for {kind!r}. Use kind='fp8'.")
+    if kind.endswith("_group128") and rows_RD.shape[1] % GROUP:
+        raise ValueError(
+            f"columns ({rows_RD.shape[1]}) must be a multiple of {GROUP} for {kind!r}. "
+            f"Use kind={kind.removesuffix('_group128')!r}."
+        )
     return select(OP, rows_RD, impl=_fitting(kind, impl)).encode(rows_RD, kind)
 
 

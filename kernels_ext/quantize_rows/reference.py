@@ -10,8 +10,9 @@ from torch import Tensor
 
 name = "reference"
 
-GROUP = 128  # columns that share a scale in "fp8_group128"
-INT8_MAX, FP8_MAX = 127.0, 448.0
+GROUP = 128  # columns that share a scale in kinds that end in "_group128"
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+MOST = {"int8": 127.0, "fp8": 448.0, "fp8_e5m2": 57344.0}
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -21,18 +22,20 @@ def supports(*tensors: Tensor) -> str | None:
 
 
 def encode(rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Return codes [R, D] and scales float32 [R, G], amax over the row (or the group) by 127 or 448.
+    """Return codes [R, D] and scales float32 [R, G], amax over the row (or the group) by the code's largest value.
 
-    Row [-2.54, 1.27] gives codes [-127, 64] (63.5 rounds to even) and scale 0.02. A row of zeros gives zeros and the
-    smallest normal float32, which also bounds the scales of rows below it: nothing is divided by zero.
+    Row [-2.54, 1.27] gives int8 codes [-127, 64] (63.5 rounds to even) and scale 0.02. A row of zeros gives zeros and
+    the smallest normal float32, which also bounds the scales of rows below it: nothing is divided by zero. A NaN or an
+    infinity gives scale NaN and codes 0: all of the row (or the group) decodes to NaN.
     """
     num_rows, dim = rows_RD.shape
-    width = GROUP if kind == "fp8_group128" else dim
-    grouped = rows_RD.float().reshape(num_rows, dim // width, width)
-    most = INT8_MAX if kind == "int8" else FP8_MAX
-    scales_RG = (grouped.abs().amax(-1) / most).clamp(min=_TINY)
-    scaled = (grouped / scales_RG[..., None]).clamp(-most, most).reshape(num_rows, dim)
-    return (scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)), scales_RG
+    code, grouped_by = kind.removesuffix("_group128"), GROUP if kind.endswith("_group128") else dim
+    grouped = rows_RD.float().reshape(num_rows, dim // grouped_by, grouped_by)
+    amax_RG = grouped.abs().amax(-1)
+    scales_RG = (amax_RG / MOST[code]).clamp(min=_TINY)
+    scales_RG = torch.where(amax_RG.isfinite(), scales_RG, torch.nan)
+    scaled = (grouped / scales_RG[..., None]).clamp(-MOST[code], MOST[code]).nan_to_num(0.0).reshape(num_rows, dim)
+    return (scaled.round() if code == "int8" else scaled).to(CODES[code]), scales_RG
 
 
 def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype) -> Tensor:
