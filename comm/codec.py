@@ -69,6 +69,16 @@ class Codec:
                 "Set scale='token', or the formats to 'fp8'."
             )
 
+    @property
+    def for_dispatch(self) -> tuple[str, str, str]:
+        """Format of the rows, format of their gradients, scale: what the operators that dispatch take."""
+        return self.dispatch, self.dispatch_backward, self.scale
+
+    @property
+    def for_combine(self) -> tuple[str, str, str]:
+        """The same for the operators that combine."""
+        return self.combine, self.combine_backward, self.scale
+
     @classmethod
     def parse(cls, value: Any) -> Codec:
         """A codec from what a config holds.
@@ -102,7 +112,7 @@ class Codec:
         return " ".join(f"{name}={part}" for name, part in changed.items())
 
 
-def wire_width(format: str, scale: str, width: int, dtype: torch.dtype) -> int:  # noqa: A002
+def wire_width(format: str, scale: str, width: int, dtype: torch.dtype) -> int:
     """B: bytes of the wire row of `width` columns of `dtype`. Raises ValueError where the scale does not fit."""
     _one_of("format", format, FORMATS)
     if format == "none":
@@ -129,7 +139,7 @@ def scales_at(width: int) -> int:
     return _align(width, 4)
 
 
-def encode_rows(rows_RD: Tensor, format: str, scale: str) -> Tensor:  # noqa: A002
+def encode_rows(rows_RD: Tensor, format: str, scale: str) -> Tensor:
     """Rows [R, D] of a floating dtype -> wire rows uint8 [R, B]; format "none" is a view where the rows are contiguous.
 
     Row [448.0, -224.0] in fp8 is the bytes 126 (448), 246 (-224), 0, 0, then 1.0 as float32, then 8 zeros.
@@ -145,7 +155,7 @@ def encode_rows(rows_RD: Tensor, format: str, scale: str) -> Tensor:  # noqa: A0
     return wire_RB
 
 
-def split_wire(wire_RB: Tensor, format: str, scale: str, width: int) -> tuple[Tensor, Tensor]:  # noqa: A002
+def split_wire(wire_RB: Tensor, format: str, scale: str, width: int) -> tuple[Tensor, Tensor]:
     """Views of wire rows: codes [R, D] in the format's dtype, scales float32 [R, G]. Not for format "none"."""
     _one_of("format", format, tuple(CODES))
     start = scales_at(width)
@@ -153,14 +163,14 @@ def split_wire(wire_RB: Tensor, format: str, scale: str, width: int) -> tuple[Te
     return wire_RB[:, :width].view(CODES[format]), scales_RG
 
 
-def decode_rows(wire_RB: Tensor, format: str, scale: str, width: int, dtype: torch.dtype) -> Tensor:  # noqa: A002
+def decode_rows(wire_RB: Tensor, format: str, scale: str, width: int, dtype: torch.dtype) -> Tensor:
     """Wire rows uint8 [R, B] -> rows [R, D] in `dtype`: code times scale in float32, rounded once."""
     if format == "none":
         return wire_RB.view(dtype)
     return quantize_rows.decode(*split_wire(wire_RB, format, scale, width), dtype)
 
 
-def _quantized(rows_RD: Tensor, format: str, scale: str) -> tuple[Tensor, Tensor]:  # noqa: A002
+def _quantized(rows_RD: Tensor, format: str, scale: str) -> tuple[Tensor, Tensor]:
     return quantize_rows.encode(rows_RD, f"{format}_group128" if scale == "group128" else format)
 
 

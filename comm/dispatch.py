@@ -23,7 +23,7 @@ class Dispatched:
 
     Attributes:
         rows_RD: rows by expert, then source rank, then route. Rows past `offsets_e[-1]` are undefined.
-        scales_R: scales of quantised rows, None for rows in the model's own dtype.
+        scales_R: float32 scales of rows that are still codes, [R], or [R, D / 128] of groups; None for decoded rows.
         weights_R: routing weights of the rows, detached, where the expert's rank reduces; None where the token's does.
         offsets_e: int32 on the device, exclusive ends of this rank's experts in `rows_RD`.
         handle: the layout; pass it to another `dispatch` of tokens with the same ids to skip the exchange of counts.

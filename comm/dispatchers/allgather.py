@@ -3,7 +3,7 @@
 Wins when a token needs most of the group's ranks anyway (top-k at or above the group's size) and at few tokens, where
 one collective of known size beats an exchange of counts. The way back is a row a route ("exact", the default: the same
 bits as the all-to-all dispatcher), or one row a token and rank, summed by a reduce-scatter ("prereduced": fewer bytes,
-rounded once more).
+rounded once more; in a coded format by an all-to-all of partial sums, since no collective adds codes).
 
 Legend: T tokens here, K routes a token, D width, R rows here.
 """
@@ -13,11 +13,14 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moeweave.comm.codec import Codec
+from moeweave.comm.coded_rows import check_coded_rows, coded, coded_words
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatch import Dispatched
 from moeweave.comm.layout import Layout, gather_layout
 from moeweave.comm.pending import Pending
-from moeweave.comm.transfer import combine_prereduced, combine_routes, gather_rows, send_routes
+from moeweave.comm.transfer import combine_routes, send_routes
+from moeweave.comm.transfer_gathered import combine_prereduced, gather_rows
 
 
 class AllGatherDispatcher:
@@ -27,12 +30,24 @@ class AllGatherDispatcher:
         group: ranks that share the experts, None for this rank alone.
         num_experts: experts over the whole group, a multiple of its size; rank r holds the r-th contiguous block.
         combine: "exact" or "prereduced".
+        codec: formats of the rows on the link.
+        coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; no gradient.
     """
 
-    def __init__(self, group: ProcessGroup | None, num_experts: int, combine: str = "exact") -> None:
+    def __init__(
+        self,
+        group: ProcessGroup | None,
+        num_experts: int,
+        combine: str = "exact",
+        *,
+        codec: Codec | None = None,
+        coded_rows: bool = False,
+    ) -> None:
         self.comm = Communicator(group)
         self.num_experts = num_experts
         self.prereduced = combine == "prereduced"
+        self.codec, self.coded_rows = codec or Codec(), coded_rows
+        check_coded_rows(self.codec, coded_rows)
 
     def layout(self, ids_TK: Tensor) -> Layout:
         order, sends, receives, perm, offsets, route_R, max_tokens = gather_layout(
@@ -43,17 +58,22 @@ class AllGatherDispatcher:
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
         layout = handle or self.layout(ids_TK)
-        rows_RD = gather_rows(x_TD, *_gathered(layout), *layout.moves, layout.top_k, layout.group)
         weights_R = self._weights_of_rows(weights_TK.detach(), layout) if self.prereduced else None
+        route = (*_gathered(layout), *layout.moves, layout.top_k, layout.group)
+        if self.coded_rows:
+            words = gather_rows(coded_words(x_TD, self.codec), *route)
+            return coded(words, self.codec, x_TD.shape[1], layout, weights_R)
+        rows_RD = gather_rows(x_TD, *route, *self.codec.for_dispatch)
         return Dispatched(rows_RD, None, weights_R, layout.offsets_e, layout)
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
         layout = dispatched.handle
+        settings = (*layout.moves, layout.group, *self.codec.for_combine)
         if not self.prereduced:
-            return combine_routes(rows_RD, weights_TK, *layout.moves, layout.group)[0]
+            return combine_routes(rows_RD, weights_TK, *settings)[0]
         weights_R = dispatched.weights_R
         assert weights_R is not None, "dispatched by another dispatcher"
-        return combine_prereduced(rows_RD, weights_TK, weights_R, *_gathered(layout), *layout.moves, layout.group)
+        return combine_prereduced(rows_RD, weights_TK, weights_R, *_gathered(layout), *settings)
 
     def dispatch_async(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None
