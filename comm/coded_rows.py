@@ -20,7 +20,8 @@ def check_coded_rows(codec: Codec, coded_rows: bool) -> None:
     """Raise ValueError where coded rows are wanted of a dispatch that codes nothing."""
     if coded_rows and codec.dispatch == "none":
         raise ValueError(
-            "coded_rows (True) must go with a coded dispatch, codec.dispatch is 'none'. Set codec='fp8', or leave it out."
+            "coded_rows (True) must go with a coded dispatch, codec.dispatch is 'none'. "
+            "Set codec='fp8', or leave coded_rows out."
         )
 
 

@@ -12,6 +12,7 @@ from moeweave.comm.topology import Topology
 from moeweave.launch import data, env
 from moeweave.launch.schema import ConfigError, DataConfig, MeshConfig, ModelConfig
 from moeweave.parallel.adapter import find_moe_blocks
+from moeweave.parallel.expert import check_codec_width
 from moeweave.parallel.hf.build import build_model
 from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
@@ -20,7 +21,7 @@ from moeweave.parallel.schedules import Layout
 
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
     """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
-    Plan.from_dict(plan)
+    parsed = Plan.from_dict(plan)
     check_axes(mesh.sizes())
     _check_topology(plan.get("topology"))
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
@@ -29,6 +30,7 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
         raise ConfigError(f"mesh.ep={mesh.ep}: {type(built).__name__} has no experts to share out. Set mesh.ep=1.")
     for block in blocks:
         mesh.sizes().check_experts(block.num_experts, block.path)
+        check_codec_width(block, parsed)
     return built
 
 

@@ -276,10 +276,11 @@ def _farewell(training: Training, lines: list[dict[str, Any]], report: ParityRep
         print(f"curves  {_shown(training.folder.picture)}")
     if report is not None:
         verdict = "passed" if report.ok else "FAILED"
+        coded = ", the codec left out" if training.plan.codec != mw.Codec() else ""
         print(
             f"proof   {verdict}: largest relative error {max(report.worst, report.loss_error):.2e} "
             f"(tolerance {report.tolerance:.0e}) over the loss and {len(report.errors)} gradients, "
-            "against the unwrapped model in one process"
+            f"against the unwrapped model in one process{coded}"
         )
         if not report.ok:
             print(f"        worst: {report.worst_name} {report.worst:.2e}; loss {report.loss_error:.2e}")

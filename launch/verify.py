@@ -109,9 +109,10 @@ def make_batch(config: BatchConfig, num_ids: int, seed: int, data_rank: int) -> 
 
 def _print(report: ParityReport, config: VerifyConfig, model: str) -> None:
     console = Console()
-    plan = mw.Plan.from_dict(config.plan)
-    chosen = {name: value for name, value in dataclasses.asdict(plan).items() if value != getattr(mw.Plan(), name)}
+    plan, default = mw.Plan.from_dict(config.plan), mw.Plan()
+    chosen = {name: value for name, value in vars(plan).items() if value != getattr(default, name)}
     words = ", ".join(f"{name}={value}" for name, value in chosen.items()) or "the default"
+    words += " (its codec left out)" * (plan.codec != default.codec)
     console.print(f"{model}; mesh {shown(config.mesh.sizes())}; plan {words}", highlight=False)
     table = Table("", "over ranks", "one process", "relative error")
     for column in table.columns[1:]:

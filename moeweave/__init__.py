@@ -1,12 +1,14 @@
 """Distributed MoE parallelism for PyTorch: `import moeweave as mw`.
 
 Mesh          which ranks do what: dp, tp, pp, sp, ep
-Plan          policy: data engine, dispatcher, balance loss, compute dtype, recomputation
+Plan          policy: data engine, dispatcher, codec, balance loss, compute dtype, recomputation
+Codec         how rows are quantised before they are sent, one format an exchange
 parallelize   spread a Hugging Face or plain model over a mesh, in place
 suggest       meshes that hold a model, by estimated memory and communication
 save, load    training checkpoints that another mesh can read; from_pretrained, save_pretrained: Hugging Face folders
 """
 
+from moeweave.comm.codec import Codec
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEAdapter, UnsupportedModel, register_moe
 from moeweave.parallel.agreement import CheckpointError
@@ -25,6 +27,7 @@ from moeweave.parallel.verify import ParityReport, gradient_parity
 
 __all__ = [
     "CheckpointError",
+    "Codec",
     "Hardware",
     "LoadedState",
     "Mesh",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from moeweave.comm.codec import Codec, num_scales
 from moeweave.comm.dispatch import TokenDispatcher
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.moe.balance import apply_capacity, load
@@ -67,6 +68,18 @@ def _drop_remote(block: MoEBlock, ep_rank: int, ep_size: int) -> None:
         if index // per_rank != ep_rank:
             # A hole keeps the indices, and so the names, of the experts that stay.
             experts.register_module(str(index), None)
+
+
+def check_codec_width(block: MoEBlock, plan: Plan) -> None:
+    """Raise ValueError where the codec's scales do not fit the experts' width; of packed experts, where it shows."""
+    if block.kind != "packed":
+        return
+    down: Any = block.experts.get_parameter("down_proj")
+    width = down.shape[2] if getattr(block.experts, "is_transposed", False) else down.shape[1]
+    try:
+        num_scales(Codec.parse(plan.codec).scale, width)
+    except ValueError as error:
+        raise ValueError(f"{block.path or type(block.experts).__name__}: codec ({plan.codec}): {error}") from None
 
 
 def expert_list(block: MoEBlock) -> nn.ModuleList:
@@ -238,7 +251,13 @@ def install_expert_call(block: MoEBlock, top_k: int, mesh: Mesh, plan: Plan, par
     ep = mesh.sizes.ep
     group = mesh.group("ep") if ep > 1 else None
     dispatcher = make_dispatcher(
-        plan.dispatcher, group, block.num_experts, top_k=top_k, combine=plan.combine, topology=plan.topology
+        plan.dispatcher,
+        group,
+        block.num_experts,
+        top_k=top_k,
+        combine=plan.combine,
+        codec=Codec.parse(plan.codec),
+        topology=plan.topology,
     )
     call = ExpertCall(block, dispatcher, plan, mesh)
     if block.adapter is None:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
-from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
+from moeweave.parallel.expert import ExpertCall, check_codec_width, install_expert_call, shard_experts
 from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
@@ -63,6 +63,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
     for block in blocks:
         mesh.sizes.check_experts(block.num_experts, block.path)
+        check_codec_width(block, plan)
     _refuse_with_tp(model, mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0

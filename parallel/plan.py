@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from moeweave.comm.codec import Codec
+from moeweave.comm.dispatchers.ascend_limits import check_codec
 from moeweave.comm.dispatchers.select import validate_choice
 from moeweave.parallel.keywords import names_nearest, unknown_keyword
 from moeweave.parallel.schedules import SCHEDULES
@@ -33,6 +35,9 @@ class Plan:
         dispatcher: "alltoall", "allgather", "ascend" (inference on NPUs), or "auto" (from top-k and ep, logged once).
         topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.
         combine: "exact", "prereduced", or None for the dispatcher's default.
+        codec: how rows are quantised before they are sent: a format of what dispatch sends ("none", "fp8", "fp8_e5m2",
+            "int8"), a `Codec`, or a mapping of its fields; it is a `Codec` afterwards. Gradients go straight through
+            unless the codec has a backward format.
         aux: whose tokens the load-balancing loss sees: "global" (all data ranks') or "rank" (each rank's own).
         capacity: an expert takes at most ceil(capacity * tokens * top_k / experts) routes of a rank; None drops none.
         drop: which routes go when an expert is over capacity: the least probable, or the last by position.
@@ -50,6 +55,7 @@ class Plan:
     dispatcher: str = "auto"
     topology: str | None = None
     combine: str | None = None
+    codec: Codec | str | Mapping[str, str] | None = "none"
     aux: str = "global"
     capacity: float | None = None
     drop: str = "probability"
@@ -69,6 +75,9 @@ class Plan:
                 f"Plan.dtype ({self.dtype!r}) needs data='fsdp2'. With 'ddp' leave it out, or convert the model itself."
             )
         validate_choice(self.dispatcher, self.combine)
+        object.__setattr__(self, "codec", Codec.parse(self.codec))
+        if self.dispatcher == "ascend":
+            check_codec(Codec.parse(self.codec))
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -21,18 +21,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moeweave.comm.codec import Codec
+from moeweave.comm.coded_rows import check_coded_rows
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatch import Dispatched
 from moeweave.comm.dispatchers.ascend_limits import (
     DEFAULT_WINDOW,
     AscendOptions,
     check_call,
+    check_codec,
     check_group,
     check_window,
 )
 from moeweave.comm.layout import Layout
 from moeweave.comm.pending import Pending
-from moeweave.kernels_ext import npu
+from moeweave.kernels_ext import npu, quantize_rows
 
 DYNAMIC_INT8 = 2  # quant_mode
 COUNTS = 1  # expert_token_nums_type
@@ -64,13 +67,15 @@ class AscendDispatcher:
     Args:
         group: ranks that share the experts, of a backend whose group the operators know by `group_name`.
         num_experts: experts over the whole group, a multiple of its size.
-        options: series, max_tokens, quantize.
+        options: series, max_tokens.
         group_name: name of the group's HCCL communicator.
         window_mb: HCCL_BUFFSIZE of the process.
         call: runs an operator by name.
+        codec: "none" or "int8": the operator's own quantisation, scale = amax / 127 of a token.
+        coded_rows: dispatch hands over codes and scales as they came.
 
     Raises:
-        ValueError: sizes that the series does not take; a window that is too small.
+        ValueError: sizes that the series does not take; a window that is too small; another codec.
         RuntimeError: a call that would need a gradient.
     """
 
@@ -83,7 +88,12 @@ class AscendDispatcher:
         group_name: str,
         window_mb: int = DEFAULT_WINDOW,
         call: npu.Call = npu.call,
+        codec: Codec | None = None,
+        coded_rows: bool = False,
     ) -> None:
+        self.codec, self.coded_rows = codec or Codec(), coded_rows
+        check_codec(self.codec)
+        check_coded_rows(self.codec, coded_rows)
         self.comm, self.num_experts, self.options = Communicator(group), num_experts, options
         self.group_name, self.window_mb, self.call = group_name, window_mb, call
         check_group(options, self.comm.size, num_experts)
@@ -99,7 +109,7 @@ class AscendDispatcher:
             expert_ids=ids_BK,
             **self._common(active_BK),
             expert_scales=weights_TK.float() if self._is_a2 else None,
-            quant_mode=DYNAMIC_INT8 if self.options.quantize else 0,
+            quant_mode=DYNAMIC_INT8 if self.codec.dispatch == "int8" else 0,
             expert_token_nums_type=COUNTS,
         )
         offsets_e = counts_e.cumsum(0).to(torch.int32)
@@ -121,7 +131,11 @@ class AscendDispatcher:
             expand_scales=expand_scales if self._is_a2 else None,
             num_rows=rows_AD.shape[0],
         )
-        return Dispatched(rows_AD, scales_A if self.options.quantize else None, None, offsets_e, layout)
+        if self.codec.dispatch == "none":
+            return Dispatched(rows_AD, None, None, offsets_e, layout)
+        if self.coded_rows:
+            return Dispatched(rows_AD, scales_A, None, offsets_e, layout)
+        return Dispatched(quantize_rows.decode(rows_AD, scales_A[:, None], x_TD.dtype), None, None, offsets_e, layout)
 
     def combine(
         self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched, *, shared_TD: Tensor | None = None
@@ -214,12 +228,20 @@ def fill_routes(ids_BK: Tensor, active_BK: Tensor, num_experts: int) -> Tensor:
     return torch.where(active_BK, ids_BK, free_BE.gather(1, turn_BK))
 
 
-def make_ascend(group: ProcessGroup | None, num_experts: int, options: AscendOptions) -> AscendDispatcher:
+def make_ascend(
+    group: ProcessGroup | None,
+    num_experts: int,
+    options: AscendOptions,
+    *,
+    codec: Codec | None = None,
+    coded_rows: bool = False,
+) -> AscendDispatcher:
     """The dispatcher over an hccl group.
 
     Raises:
-        ValueError: no group, or one of another backend.
+        ValueError: no group, or one of another backend; a codec that the operators do not have.
     """
+    check_codec(codec or Codec())
     backend = "none, one rank" if group is None else dist.get_backend(group)
     if group is None or backend != "hccl":
         raise ValueError(
@@ -229,7 +251,9 @@ def make_ascend(group: ProcessGroup | None, num_experts: int, options: AscendOpt
     name = group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())  # type: ignore[attr-defined]
     # HCCL's own variable: the operators have no other way to learn the size of their window.
     window_mb = int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_WINDOW))
-    return AscendDispatcher(group, num_experts, options, group_name=name, window_mb=window_mb)
+    return AscendDispatcher(
+        group, num_experts, options, group_name=name, window_mb=window_mb, codec=codec, coded_rows=coded_rows
+    )
 
 
 def _resized(rows: Tensor, size: int) -> Tensor:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from moeweave.comm.codec import Codec
+
 MEGABYTE = 1 << 20
 DEFAULT_WINDOW = 200  # of HCCL_BUFFSIZE, in MB
 
@@ -23,7 +25,6 @@ class AscendOptions:
     Attributes:
         series: "A2" or "A3", the Atlas series of the machine.
         max_tokens: tokens of a rank at most. A3 pads every call to it; rows and window are sized by it.
-        quantize: send int8 rows with a scale a token (amax / 127) instead of bf16 or fp16 ones.
 
     Raises:
         ValueError: an unknown series; max_tokens out of the series' range.
@@ -31,7 +32,6 @@ class AscendOptions:
 
     series: str = "A3"
     max_tokens: int = 128
-    quantize: bool = False
 
     def __post_init__(self) -> None:
         if self.series not in _SERIES:
@@ -60,6 +60,15 @@ _SERIES = {
     "A3": _Series(range(2, 769), "2 to 768", range(1024, 8193), 512, 1024),
 }
 MOST_EXPERTS, MOST_ROUTES, MOST_SLOTS = 1024, 16, 2048
+
+
+def check_codec(codec: Codec) -> None:
+    """Raise ValueError unless the dispatch operator can send rows in the codec's formats."""
+    if codec not in (Codec(), Codec(dispatch="int8")):
+        raise ValueError(
+            f"codec ({codec}) must be 'none' or 'int8' for dispatcher='ascend': its operators quantise what dispatch "
+            "sends, to int8. Set codec='int8', or use dispatcher='alltoall'."
+        )
 
 
 def check_group(options: AscendOptions, size: int, num_experts: int) -> None:

@@ -7,6 +7,7 @@ import logging
 
 from torch.distributed import ProcessGroup
 
+from moeweave.comm.codec import Codec
 from moeweave.comm.dispatch import TokenDispatcher
 from moeweave.comm.dispatchers.allgather import AllGatherDispatcher
 from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
@@ -42,7 +43,7 @@ def choose(ep_size: int, top_k: int, combine: str | None, topology: Topology | N
 
     Bytes decide, over the bandwidths of both collectives where `topology` has them for as many ranks. An all-gather
     sends each token to ep_size - 1 ranks, an all-to-all a row for each remote route, top_k * (ep_size - 1) / ep_size
-    of them on average. Where both send as much, the all-to-all has one collective less
+    of them on average; a codec shrinks both alike. Where both send as much, the all-to-all has one collective less
     (T 1024, D 256, ep 2 on two CPU cores: 29 against 31 ms a layer, forward and backward).
     """
     if combine == "prereduced":
@@ -72,6 +73,8 @@ def make_dispatcher(
     top_k: int = 1,
     topology: str | None = None,
     combine: str | None = None,
+    codec: Codec | None = None,
+    coded_rows: bool = False,
     ascend: AscendOptions | None = None,
 ) -> TokenDispatcher:
     """A dispatcher over `group` (None: this rank alone).
@@ -82,10 +85,14 @@ def make_dispatcher(
         top_k: routes a token, for `auto`.
         topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.
         combine: "exact", "prereduced", or None for the dispatcher's default.
+        codec: formats of the rows on the link, None for the rows as they are. Every dispatcher takes every codec but
+            "ascend", whose operators know int8.
+        coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; inference.
         ascend: options of the dispatcher of that name, None for its defaults.
 
     Raises:
-        ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU.
+        ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU, or with a
+            codec that it does not have; coded rows of a dispatch that codes nothing.
     """
     validate_choice(name, combine)
     size = 1 if group is None else group.size()
@@ -99,10 +106,10 @@ def make_dispatcher(
         name, reason = choose(size, top_k, combine, measured)
         _log_once(f"dispatcher auto -> {name}: {reason}")
     if name == "allgather":
-        return AllGatherDispatcher(group, num_experts, combine or "exact")
+        return AllGatherDispatcher(group, num_experts, combine or "exact", codec=codec, coded_rows=coded_rows)
     if name == "ascend":
-        return make_ascend(group, num_experts, ascend or AscendOptions())
-    return AllToAllDispatcher(group, num_experts)
+        return make_ascend(group, num_experts, ascend or AscendOptions(), codec=codec, coded_rows=coded_rows)
+    return AllToAllDispatcher(group, num_experts, codec=codec, coded_rows=coded_rows)
 
 
 @functools.lru_cache(maxsize=256)

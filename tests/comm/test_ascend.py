@@ -13,8 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeweave.comm.codec import Codec, decode_rows, encode_rows
 from moeweave.comm.dispatchers.ascend import AscendDispatcher, fill_routes, make_ascend
-from moeweave.comm.dispatchers.ascend_limits import AscendOptions, check_call, check_group, check_window, window_bytes
+from moeweave.comm.dispatchers.ascend_limits import (
+    AscendOptions,
+    check_call,
+    check_codec,
+    check_group,
+    check_window,
+    window_bytes,
+)
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.tolerance import assert_close, sqnr
 from npu_emulator import NpuEmulator
@@ -41,11 +49,12 @@ def cases_on(world: int) -> list[Case]:
 CASES = [pytest.param(world, case, id=f"{world}ranks-{case.name}") for world in (2, 4) for case in cases_on(world)]
 
 
-def ascend(case: Case, **options: Any) -> AscendDispatcher:
+def ascend(case: Case, codec: str = "none", coded_rows: bool = False, **options: Any) -> AscendDispatcher:
     group = dist.group.WORLD
     assert group is not None
     given = AscendOptions(**{"max_tokens": 20, **options})
-    return AscendDispatcher(group, case.num_experts, given, group_name=group.group_name, call=NpuEmulator())
+    formats = dict(codec=Codec.parse(codec), coded_rows=coded_rows)
+    return AscendDispatcher(group, case.num_experts, given, group_name=group.group_name, call=NpuEmulator(), **formats)
 
 
 def factor_of(expert: Tensor) -> Tensor:
@@ -116,13 +125,21 @@ def test_equals_a_loop_over_tokens(world: int, case: Case) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_quantized_rows_carry_amax_over_127(world: int) -> None:
     case = Case((5, 17, 1, 9)[:world], dim=1024, dtype=BF16, routing="holes")
-    for rank, found in enumerate(run_ranks(world, one_call, case, {"quantize": True}, False)):
+    for rank, found in enumerate(run_ranks(world, one_call, case, {"codec": "int8", "coded_rows": True}, False)):
         want_RD, _ = expected_rows(case, rank)
         assert found["rows_RD"].dtype == torch.int8
         assert torch.equal(found["scales_R"], want_RD.float().abs().amax(1) / 127)
         error = found["rows_RD"].float() * found["scales_R"][:, None] - want_RD.float()
         assert bool((error.abs() <= found["scales_R"][:, None] * 0.5001).all()), "half a step at most"
         assert sqnr(found["y_TD"], oracle(case, rank)) > 35
+
+
+def test_quantized_rows_are_decoded_unless_asked_for() -> None:
+    case = Case((5, 17), dim=1024, dtype=BF16, routing="holes")
+    for rank, found in enumerate(run_ranks(2, one_call, case, {"codec": "int8"}, False)):
+        wire_RB = encode_rows(expected_rows(case, rank)[0], "int8", "token")
+        assert found["scales_R"] is None
+        assert torch.equal(found["rows_RD"], decode_rows(wire_RB, "int8", "token", 1024, BF16))
 
 
 @pytest.mark.parametrize("tokens", [(4, 7), (1, 1), (7, 1, 3, 2)])
@@ -200,6 +217,8 @@ def test_window() -> None:
 @pytest.mark.parametrize(
     "check, text",
     [
+        (lambda: check_codec(Codec.parse("fp8")), r"codec \(fp8\) must be 'none' or 'int8' for dispatcher='ascend'"),
+        (lambda: check_codec(Codec(combine="int8")), r"codec \(combine=int8\) must be 'none' or 'int8'"),
         (lambda: AscendOptions("A5"), r"series \('A5'\) must be one of A2, A3"),
         (lambda: AscendOptions("A2", 257), r"max_tokens \(257\) must be 1 to 256 on A2"),
         (lambda: AscendOptions("A3", 513), r"max_tokens \(513\) must be 1 to 512 on A3"),

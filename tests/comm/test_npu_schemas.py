@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from extract_npu_schemas import DATA, called_names
+from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers.ascend import AscendDispatcher
 from moeweave.comm.dispatchers.ascend_limits import AscendOptions
 from moeweave.kernels_ext import npu
@@ -42,8 +43,8 @@ def x(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def run_dispatcher(call: npu.Call, series: str, quantize: bool) -> None:
-    options = AscendOptions(series, 4, quantize)
-    dispatcher = AscendDispatcher(FakeGroup(), 4, options, group_name="two", call=call)  # type: ignore[arg-type]
+    given = dict(group_name="two", call=call, codec=Codec.parse("int8" if quantize else "none"))
+    dispatcher = AscendDispatcher(FakeGroup(), 4, AscendOptions(series, 4), **given)  # type: ignore[arg-type]
     ids, weights = torch.tensor([[0, 3], [1, 2]]), x(2, 2, dtype=torch.float32)
     dispatched = dispatcher.dispatch(x(2, 1024), ids, weights)
     dispatcher.combine(x(16, 1024), weights, dispatched)

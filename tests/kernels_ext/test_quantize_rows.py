@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeweave.kernels_ext import npu
 from moeweave.kernels_ext.quantize_rows import FORMATS, decode, encode, npu_impl
-from moeweave.kernels_ext.tolerance import sqnr
+from moeweave.kernels_ext.tolerance import SQNR_FLOOR, sqnr
 
 
 def rows_of(num_rows: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,16 +27,87 @@ def rows_of(num_rows: int, dim: int, dtype: torch.dtype = torch.float32) -> Tens
 def test_round_trip(kind: str, num_rows: int, dtype: torch.dtype) -> None:
     rows_RD = rows_of(num_rows, 256, dtype)
     codes_RD, scales_RG = encode(rows_RD, kind)
-    groups, most = (2 if kind == "fp8_group128" else 1), (127 if kind == "int8" else 448)
-    assert codes_RD.dtype == (torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    code = kind.removesuffix("_group128")
+    groups, most = (2 if kind.endswith("_group128") else 1), {"int8": 127, "fp8": 448, "fp8_e5m2": 57344}[code]
+    assert codes_RD.dtype == {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[code]
     assert codes_RD.shape == rows_RD.shape
     assert scales_RG.dtype == torch.float32
     assert torch.equal(scales_RG, rows_RD.float().view(num_rows, groups, 256 // groups).abs().amax(-1) / most)
     got = decode(codes_RD, scales_RG, torch.float32)
     if num_rows:
-        assert sqnr(got, rows_RD.float()) > (35 if kind == "int8" else 28)
+        assert sqnr(got, rows_RD.float()) > SQNR_FLOOR[kind][0]
     if kind == "int8":
         assert bool(((got - rows_RD.float()).abs() <= scales_RG * 0.50001).all())
+
+
+def through(rows_RD: Tensor, kind: str) -> Tensor:
+    return decode(*encode(rows_RD, kind), torch.float32)
+
+
+def with_outliers(rows_RD: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """One column in 256 `factor` times as large; and which columns are the others."""
+    large = torch.arange(rows_RD.shape[1]) % 256 == 0
+    return torch.where(large, rows_RD * factor, rows_RD), ~large
+
+
+@pytest.mark.parametrize("dim", [256, 2048, 7168])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_table_of_floors(kind: str, dim: int) -> None:
+    normal, outliers, others = SQNR_FLOOR[kind]
+    rows_RD = torch.randn(128, dim)
+    assert sqnr(through(rows_RD, kind), rows_RD) > normal
+    rows_RD, small = with_outliers(rows_RD, 50.0)
+    got = through(rows_RD, kind)
+    assert sqnr(got, rows_RD) > outliers
+    assert sqnr(got[:, small], rows_RD[:, small]) > others
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_floors_are_no_lower_than_they_need_be(kind: str) -> None:
+    rows_RD = torch.randn(128, 7168)
+    assert sqnr(through(rows_RD, kind), rows_RD) < SQNR_FLOOR[kind][0] + 1.5
+
+
+def gradient_like(way: str) -> Tensor:
+    """Rows as gradients have them: a size of its own for each, and tails that a normal distribution lacks."""
+    sizes_R1 = torch.exp2(torch.empty(128, 1).uniform_(-40, -8))
+    if way == "student":
+        return torch.distributions.StudentT(2.0).sample((128, 2048)) * sizes_R1
+    if way == "lognormal":
+        return torch.randn(128, 2048) * torch.exp(2 * torch.randn(128, 2048)) * sizes_R1
+    hidden = torch.randn(128, 2048, requires_grad=True)
+    logits = torch.nn.functional.silu(hidden @ torch.randn(2048, 512) / 45) @ torch.randn(512, 1000)
+    torch.nn.functional.cross_entropy(logits, torch.randint(1000, (128,))).backward()
+    assert hidden.grad is not None
+    return hidden.grad
+
+
+@pytest.mark.parametrize("scale", ["", "_group128"])
+@pytest.mark.parametrize("way", ["student", "lognormal", "backward"])
+def test_e4m3_keeps_more_of_gradients_than_e5m2(way: str, scale: str) -> None:
+    rows_RD = gradient_like(way)
+    e4m3, e5m2 = (sqnr(through(rows_RD, f"fp8{part}{scale}"), rows_RD) for part in ("", "_e5m2"))
+    assert e4m3 > e5m2 + 3
+
+
+def test_e5m2_keeps_columns_that_e4m3_loses() -> None:
+    rows_RD, small = with_outliers(torch.randn(64, 2048), 1e6)
+    assert sqnr(through(rows_RD, "fp8")[:, small], rows_RD[:, small]) < 1
+    assert sqnr(through(rows_RD, "fp8_e5m2")[:, small], rows_RD[:, small]) > SQNR_FLOOR["fp8_e5m2"][0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_holds_a_value_that_is_not_finite_is_nan(kind: str, value: float) -> None:
+    rows_RD = rows_of(4, 256)
+    want = through(rows_RD, kind)
+    rows_RD[2, 130] = value
+    got = through(rows_RD, kind)
+    end = 128 if kind.endswith("_group128") else 0
+    assert bool(got[2, end:].isnan().all()), "the whole row, or the whole group"
+    want[2, end:] = got[2, end:]
+    assert torch.equal(got.nan_to_num(), want.nan_to_num()), "nothing else"
+    assert bool((encode(rows_RD, kind)[0][2, end:].float() == 0).all())
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 3e38])
@@ -49,7 +120,7 @@ def test_zero_tiny_and_huge_rows_have_no_nan(kind: str, value: float) -> None:
     assert bool((scales_RG > 0).all())
     assert bool(torch.isfinite(got).all())
     assert bool((got[1, 1:] == 0).all())
-    assert bool(((got - rows_RD).abs() <= scales_RG).all())
+    assert bool(((got - rows_RD).abs() <= scales_RG * (4096 if "e5m2" in kind else 1)).all())
 
 
 def test_the_worked_example() -> None:
@@ -76,10 +147,11 @@ def test_int8_on_an_npu_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "rows, given, text",
     [
-        (torch.ones(1, 4), dict(kind="int4"), r"kind \('int4'\) must be one of int8, fp8, fp8_group128"),
+        (torch.ones(1, 4), dict(kind="int4"), r"kind \('int4'\) must be one of int8, fp8, fp8_e5m2, fp8_group128"),
         (torch.ones(4), {}, r"must be floating point \[R, D\]"),
         (torch.ones(1, 4, dtype=torch.int32), {}, r"must be floating point"),
-        (torch.ones(1, 130), dict(kind="fp8_group128"), r"columns \(130\) must be a multiple of 128"),
+        (torch.ones(1, 130), dict(kind="fp8_group128"), r"columns \(130\) must be a multiple of 128 .* Use kind='fp8'"),
+        (torch.ones(1, 64), dict(kind="fp8_e5m2_group128"), r"Use kind='fp8_e5m2'"),
         (torch.ones(1, 4, dtype=torch.bfloat16), dict(impl="npu"), r"it is for npu, not cpu"),
     ],
 )
