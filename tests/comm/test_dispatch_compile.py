@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeweave.comm import layout, transfer
+from moeweave.comm import transfer_gathered as gathered_rows
+from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.layout import Layout
 from nan_empty import nan_empty
@@ -39,14 +41,20 @@ def samples(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "exchange_layout": (layout.exchange_layout, (ids_TK, case.num_experts, "")),
         "gather_layout": (layout.gather_layout, (ids_TK, case.num_experts, "")),
-        "send_routes": (transfer.send_routes, (leaf(x_TD), *at.moves, None, case.top_k, "")),
         "return_routes": (transfer.return_routes, (rows_RD, *at.moves, *ids_TK.shape, "")),
-        "combine_routes": (transfer.combine_routes, (leaf(rows_RD), leaf(weights_TK), *at.moves, "")),
-        "gather_rows": (transfer.gather_rows, (leaf(x_TD), *routed, *at.moves, case.top_k, "")),
-        "combine_prereduced": (
-            transfer.combine_prereduced,
-            (leaf(rows_RD), leaf(weights_TK), weights_R, *routed, *at.moves, ""),
-        ),
+        "return_routes_coded": (transfer.return_routes, (rows_RD, *at.moves, *ids_TK.shape, "", "fp8", "token")),
+    } | {
+        f"{function._name}{name}": (function, (*arguments, *formats))
+        for function, arguments in (
+            (transfer.send_routes, (leaf(x_TD), *at.moves, None, case.top_k, "")),
+            (transfer.combine_routes, (leaf(rows_RD), leaf(weights_TK), *at.moves, "")),
+            (gathered_rows.gather_rows, (leaf(x_TD), *routed, *at.moves, case.top_k, "")),
+            (
+                gathered_rows.combine_prereduced,
+                (leaf(rows_RD), leaf(weights_TK), weights_R, *routed, *at.moves, ""),
+            ),
+        )
+        for name, formats in (("", ()), ("_coded", ("fp8", "int8", "token")))
     }
 
 
@@ -68,11 +76,15 @@ def moved(dispatcher: Any, backend: str) -> tuple[Callable[..., Tensor], Callabl
     return move, torch.compile(move, fullgraph=True, dynamic=True, backend=backend)
 
 
-def compiled_equals_eager(way: tuple[str, str], backend: str, recompiles: int) -> list[bool]:
+def compiled_equals_eager(
+    way: tuple[str, str], backend: str, recompiles: int, codec: Codec | None = None
+) -> list[bool]:
     """The same function with changing token counts and routing, forward and gradients, and how often it compiled."""
     rank, world = dist.get_rank(), dist.get_world_size()
     name, combine = way
-    dispatcher = make_dispatcher(name, dist.group.WORLD if world > 1 else None, 8, top_k=3, combine=combine)
+    dispatcher = make_dispatcher(
+        name, dist.group.WORLD if world > 1 else None, 8, top_k=3, combine=combine, codec=codec
+    )
     eager, compiled = moved(dispatcher, backend)
     equal = []
     torch._dynamo.utils.counters.clear()
@@ -96,8 +108,40 @@ def test_compiles_to_one_graph_whatever_the_routing(world: int, way: tuple[str, 
         assert all(equal), equal
 
 
-@pytest.mark.slow
+CODEC = Codec(dispatch="fp8", combine="int8", dispatch_backward="fp8_e5m2", combine_backward="fp8")
+
+
 @pytest.mark.parametrize("way", WAYS, ids="/".join)
-def test_compiles_with_inductor(way: tuple[str, str]) -> None:
-    for equal in run_ranks(2, compiled_equals_eager, way, "inductor", 1, timeout=600):
+def test_compiles_with_a_codec(way: tuple[str, str]) -> None:
+    for equal in run_ranks(2, compiled_equals_eager, way, "aot_eager", 1, CODEC):
+        assert all(equal), equal
+
+
+def compiled_codes(way: tuple[str, str]) -> list[bool]:
+    """Coded rows out of a compiled dispatch, beside those of eager code."""
+    dispatcher = make_dispatcher(way[0], dist.group.WORLD, 8, combine=way[1], codec=Codec.parse("fp8"), coded_rows=True)
+
+    def products(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        dispatched = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        return dispatched.rows_RD.float() * dispatched.scales_R.unsqueeze(1)
+
+    compiled, equal = torch.compile(products, fullgraph=True, dynamic=True, backend="aot_eager"), []
+    for routing, tokens in (("spread", (6, 9)), ("holes", (7, 5))):
+        case = Case(tokens, top_k=3, dim=5, routing=routing)
+        given = [each(case, dist.get_rank()) for each in (tokens_of, ids_of, weights_of)]
+        equal.append(torch.equal(products(*given), compiled(*given)))
+    return equal
+
+
+@pytest.mark.parametrize("way", WAYS[:2], ids="/".join)
+def test_coded_rows_compile(way: tuple[str, str]) -> None:
+    for equal in run_ranks(2, compiled_codes, way):
+        assert all(equal), equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", [None, CODEC], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids="/".join)
+def test_compiles_with_inductor(way: tuple[str, str], codec: Codec | None) -> None:
+    for equal in run_ranks(2, compiled_equals_eager, way, "inductor", 1, codec, timeout=600):
         assert all(equal), equal
