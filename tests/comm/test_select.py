@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers import select
 from moeweave.comm.dispatchers.allgather import AllGatherDispatcher
 from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
@@ -21,6 +22,14 @@ def test_by_name() -> None:
     assert isinstance(exact, AllGatherDispatcher)
     assert isinstance(prereduced, AllGatherDispatcher)
     assert (exact.prereduced, prereduced.prereduced) == (False, True)
+
+
+@pytest.mark.parametrize("top_k, combine", [(2, None), (2, "exact"), (2, "prereduced")])
+def test_auto_passes_the_codec_on(top_k: int, combine: str | None) -> None:
+    codec = Codec(dispatch="fp8", combine="int8")
+    dispatcher = make_dispatcher("auto", None, 8, top_k=top_k, combine=combine, codec=codec, coded_rows=True)
+    assert isinstance(dispatcher, AllGatherDispatcher if combine == "prereduced" else AllToAllDispatcher)
+    assert (dispatcher.codec, dispatcher.coded_rows) == (codec, True)
 
 
 @pytest.mark.parametrize("combine", [None, "exact", "prereduced"])

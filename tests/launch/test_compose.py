@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from moeweave.launch import cli, compose, train, verify
+from moeweave.comm.codec import Codec
+from moeweave.launch import cli, compose, prepare, train, verify
 from moeweave.launch.schema import ConfigError, TrainConfig, VerifyConfig
 from moeweave.parallel.plan import Plan
 
@@ -105,6 +106,25 @@ def test_mesh_sizes_that_do_not_divide_list_the_legal_ones():
 @pytest.mark.parametrize("value", ["/tmp/a b.txt", "/tmp/a=b(c),d.txt", "C:\\texts\\it's.txt", "./x.txt", "~/x.txt"])
 def test_a_path_needs_no_quotes_of_its_own(value):
     assert load(f"data.path={value}").data.path == value
+
+
+@pytest.mark.parametrize(
+    "argument, codec",
+    [
+        ("plan.codec=int8", Codec(dispatch="int8")),
+        ("plan.codec={dispatch:fp8,scale:group128}", Codec(dispatch="fp8", scale="group128")),
+        ("plan.codec={combine:int8,combine_backward:fp8_e5m2}", Codec(combine="int8", combine_backward="fp8_e5m2")),
+        ("plan.codec=null", Codec()),
+    ],
+)
+def test_a_codec_is_a_format_or_a_mapping(argument, codec):
+    assert Plan.from_dict(load(argument).plan).codec == codec
+
+
+def test_a_codec_that_does_not_fit_the_model_is_refused_before_ranks_start():
+    config = load("experiment=quickstart", "plan.codec={dispatch:fp8,scale:group128}", "model.overrides.hidden_size=96")
+    with pytest.raises(ValueError, match=r"experts: codec \(dispatch=fp8 scale=group128\): width \(96\) must be"):
+        prepare.check_model(config.model, config.mesh, config.plan)
 
 
 def test_free_fields_of_the_model_config_need_no_plus_sign():

@@ -191,6 +191,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, kind):
         (["stps=3"], "unknown config key stps"),
         (["plan.dispatchr=alltoall"], "Did you mean plan.dispatcher?"),
         (["plan.dispatcher=alltol"], "alltoall"),
+        (["plan.codec=fp9"], "Did you mean 'fp8'?"),
         (["mesh.dp=6", "mesh.ep=4", "batch_size=12"], "ep can be 1, 2, 3, 6"),
         (["mesh.dp=16", "mesh.ep=16", "batch_size=16"], "ep (16) must divide the number of experts (8)"),
         (["mesh.pp=2"], "microbatches (1) must be at least 2"),

@@ -10,12 +10,14 @@ import re
 import pytest
 import torch
 
+from moeweave.comm.codec import Codec
 from moeweave.parallel.plan import Plan
 
 LEGAL = dict(
     data=["fsdp2", "ddp"],
     dispatcher=["auto", "alltoall", "allgather"],
     combine=[None, "exact"],
+    codec=[Codec(), Codec(dispatch="fp8"), Codec(combine="int8", dispatch_backward="fp8_e5m2")],
     aux=["global", "rank"],
     capacity=[None, 0.5, 1.25, 2],
     drop=["probability", "position"],
@@ -49,6 +51,15 @@ def test_a_plan_is_copied_and_pickled_like_any_value() -> None:
     assert dataclasses.replace(plan, capacity=None) == Plan(aux="rank")
 
 
+def test_a_codec_is_written_short_or_by_its_fields() -> None:
+    for written in ("fp8", dict(dispatch="fp8"), Codec(dispatch="fp8")):
+        plan = Plan(codec=written)
+        assert plan.codec == Codec(dispatch="fp8")
+        assert Plan.from_dict(dataclasses.asdict(plan)) == plan
+        assert hash(plan) == hash(Plan(codec="fp8"))
+    assert Plan().codec == Plan(codec=None).codec == Codec()
+
+
 def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
     with pytest.raises(ValueError, match=r"Plan has no field 'zzz'\. It has: data, dispatcher, topology, combine"):
         Plan.from_dict({"zzz": 1})
@@ -69,6 +80,9 @@ def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
         (dict(recompute="yes"), "Plan.recompute ('yes') must be one of False, True."),
         (dict(dispatcher="deepep"), "dispatcher ('deepep') must be one of alltoall, allgather, ascend, auto."),
         (dict(dispatcher="alltoall", combine="prereduced"), "combine ('prereduced') must be one of exact"),
+        (dict(codec="fp9"), "codec ('fp9') must be one of none, fp8, fp8_e5m2, int8. Did you mean 'fp8'?"),
+        (dict(codec=dict(dispach="fp8")), "codec's field ('dispach') must be one of dispatch"),
+        (dict(codec="fp8", dispatcher="ascend"), "codec (fp8) must be 'none' or 'int8' for dispatcher='ascend'"),
         (dict(data="ddp", dtype="bfloat16"), "Plan.dtype ('bfloat16') needs data='fsdp2'"),
         (dict(data=["ddp"]), "Plan.data (['ddp']) must be one of"),
     ],
