@@ -1,7 +1,7 @@
 """Rows quantised with a scale of their own: int8 a token; fp8, e4m3 or e5m2, a token or a group of 128 columns.
 
-`encode` picks its implementation; `decode` is one multiplication and has none to pick. Both are plain functions of
-data: straight-through gradients belong to whoever sends the rows.
+`encode` and `decode` pick their implementations. Both are plain functions of data: straight-through gradients belong to
+whoever sends the rows.
 Letters: R rows, D columns, G groups of columns (1, or D / 128).
 """
 
@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moeweave.kernels_ext.quantize_rows import npu_impl, reference
+from moeweave.kernels_ext.quantize_rows import npu_impl, reference, table_impl
 from moeweave.kernels_ext.quantize_rows.reference import CODES, GROUP
 from moeweave.kernels_ext.registry import Implementation, Op, select
 
-__all__ = ["CODES", "FORMATS", "GROUP", "OP", "decode", "encode"]
+__all__ = ["CODES", "DECODE", "FORMATS", "GROUP", "OP", "decode", "encode"]
 
 FORMATS = ("int8", "fp8", "fp8_e5m2", "fp8_group128", "fp8_e5m2_group128")
 
@@ -25,7 +25,12 @@ class _QuantizeRows(Implementation, Protocol):
     def encode(self, rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]: ...
 
 
+class _DecodeRows(Implementation, Protocol):
+    def decode(self, codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
 OP: Op[_QuantizeRows] = Op("quantize_rows", (npu_impl, reference))
+DECODE: Op[_DecodeRows] = Op("quantize_rows.decode", (table_impl, reference))
 
 
 def encode(rows_RD: Tensor, kind: str = "int8", *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -51,9 +56,14 @@ def encode(rows_RD: Tensor, kind: str = "int8", *, impl: str = "auto") -> tuple[
     return select(OP, rows_RD, impl=_fitting(kind, impl)).encode(rows_RD, kind)
 
 
-def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype = torch.bfloat16, *, impl: str = "auto") -> Tensor:
     """Codes [R, D] and scales [R, G] -> rows [R, D] in `dtype`, multiplied in float32 and rounded once."""
-    return reference.decode(codes_RD, scales_RG, dtype)
+    return select(DECODE, codes_RD, impl=_decoding(codes_RD, impl)).decode(codes_RD, scales_RG, dtype)
+
+
+def _decoding(codes_RD: Tensor, impl: str) -> str:
+    """Where the table does not apply there is nothing better to be told of."""
+    return "reference" if impl == "auto" and table_impl.supports(codes_RD) else impl
 
 
 def _fitting(kind: str, impl: str) -> str:

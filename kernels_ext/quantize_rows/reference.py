@@ -34,8 +34,9 @@ def encode(rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     amax_RG = grouped.abs().amax(-1)
     scales_RG = (amax_RG / MOST[code]).clamp(min=_TINY)
     scales_RG = torch.where(amax_RG.isfinite(), scales_RG, torch.nan)
-    scaled = (grouped / scales_RG[..., None]).clamp(-MOST[code], MOST[code]).nan_to_num(0.0).reshape(num_rows, dim)
-    return (scaled.round() if code == "int8" else scaled).to(CODES[code]), scales_RG
+    scaled = (grouped / scales_RG[..., None]).reshape(num_rows, dim)
+    scaled.clamp_(-MOST[code], MOST[code]).nan_to_num_(0.0)
+    return (scaled.round_() if code == "int8" else scaled).to(CODES[code]), scales_RG
 
 
 def decode(codes_RD: Tensor, scales_RG: Tensor, dtype: torch.dtype) -> Tensor:

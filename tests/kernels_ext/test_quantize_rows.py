@@ -129,6 +129,26 @@ def test_the_worked_example() -> None:
     assert scales.item() == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_table_gives_the_bits_of_the_conversion(code: torch.dtype, dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(code).repeat(3, 1)
+    scales_RG = torch.tensor([[1.0, 0.3], [1e-30, 7.7], [float("nan"), 0.5]])
+    for codes_RD in (every, every[:0], every.t().contiguous().t()):
+        found = [
+            decode(codes_RD, scales_RG[: len(codes_RD)], dtype, impl=impl) for impl in ("table", "reference", "auto")
+        ]
+        assert found[0].dtype == dtype
+        assert torch.equal(found[0].isnan(), found[1].isnan())
+        assert torch.equal(found[0].nan_to_num(), found[1].nan_to_num())
+        assert torch.equal(found[0].nan_to_num(), found[2].nan_to_num())
+
+
+def test_the_table_is_for_fp8() -> None:
+    with pytest.raises(ValueError, match=r"it is for fp8, not torch.int8"):
+        decode(torch.ones(1, 4, dtype=torch.int8), torch.ones(1, 1), impl="table")
+
+
 def test_int8_on_an_npu_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated: the operator gives codes and a scale a row, and zeros for a row of zeros."""
 
