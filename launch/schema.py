@@ -215,6 +215,7 @@ class BenchConfig:
 
     op: Any = "all_reduce"
     backend: Any = None
+    codec: Any = "none"
     ranks: int = 2
     device: str | None = None
     dtype: str = "float32"
@@ -257,6 +258,11 @@ class BenchConfig:
     @property
     def backends(self) -> list[str]:
         return [self.backend] if isinstance(self.backend, str) else list(self.backend or [])
+
+    @property
+    def codecs(self) -> list[Any]:
+        """What `Codec.parse` takes."""
+        return list(self.codec) if isinstance(self.codec, list) else [self.codec]
 
 
 # Dicts of a config whose keys are another package's dataclass, and those whose keys are free.

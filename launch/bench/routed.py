@@ -1,7 +1,8 @@
 """MoE operations: dispatch, combine and a whole layer, over any TokenDispatcher.
 
 The tokens of every rank follow from (seed, rank), so each rank computes alone what must arrive: rows by expert, then by
-source rank, then by route. Moved rows are compared bit by bit, sums and layers within the table of tolerances.
+source rank, then by route. Moved rows are compared bit by bit, sums and layers within the table of tolerances; what a
+codec coded on any other way than dispatch, by its signal-to-noise ratio.
 
 Legend: T tokens a rank, K routes a token, D width, R rows here, E experts, e experts of this rank, W ranks, F width of
 an expert.
@@ -17,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moeweave.comm.codec import EXCHANGES, Codec, decode_rows, encode_rows, wire_width
 from moeweave.comm.dispatch import Dispatched, TokenDispatcher
 from moeweave.comm.dispatchers.select import make_dispatcher
-from moeweave.kernels_ext.tolerance import TOLERANCE
-from moeweave.launch.bench import torchtitan
+from moeweave.kernels_ext.tolerance import TOLERANCE, sqnr
+from moeweave.launch.bench import coded, torchtitan
 from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.bench.shapes import Shape, check_shape, remote_pairs, route, shape_of
 from moeweave.launch.schema import BenchConfig
@@ -31,13 +33,14 @@ OPS = ("dispatch", "combine", "moe_layer", "moe_layer_backward")
 
 
 def _moeweave(name: str, combine: str | None = None) -> Callable[..., TokenDispatcher]:
-    def make(group: dist.ProcessGroup, shape: Shape, dtype: torch.dtype) -> TokenDispatcher:
-        return make_dispatcher(name, group, shape.experts, top_k=shape.topk, combine=combine)
+    def make(group: dist.ProcessGroup, shape: Shape, dtype: torch.dtype, codec: Codec | None = None) -> TokenDispatcher:
+        return make_dispatcher(name, group, shape.experts, top_k=shape.topk, combine=combine, codec=codec)
 
     return make
 
 
-# name: factory(group, shape, dtype) -> dispatch and combine of a TokenDispatcher
+# name: factory(group, shape, dtype) -> dispatch and combine of a TokenDispatcher; one that takes `codec` as well is run
+# with every codec of the config
 BACKENDS: dict[str, Callable[..., Any]] = {
     "alltoall": _moeweave("alltoall"),
     "allgather": _moeweave("allgather"),
@@ -50,17 +53,17 @@ WAITS_FOR_HOST = ("alltoall", "allgather", "allgather_prereduced")  # so no CUDA
 def check(op: str, config: BenchConfig, ranks: int) -> None:
     """Raise ConfigError where shape, backend or number of ranks do not fit."""
     check_shape(config, ranks)
-    for backend in config.backends:
-        backend_factory(backend, BACKENDS, op)
-        if backend == "torchtitan":
-            torchtitan.check(config)
+    factories = {name: backend_factory(name, BACKENDS, op) for name in config.backends or ["alltoall"]}
+    if "torchtitan" in factories:
+        torchtitan.check(config)
+    coded.check(config, factories, shape_of(config).hidden)
 
 
 class Task:
     """Tokens, routes and expected results of this rank, on its device."""
 
-    def __init__(self, config: BenchConfig, mesh: Mesh) -> None:
-        self.shape, self.mesh = shape_of(config), mesh
+    def __init__(self, config: BenchConfig, mesh: Mesh, codec: Codec) -> None:
+        self.shape, self.mesh, self.codec = shape_of(config), mesh, codec
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.routes = [route(config, self.shape, rank) for rank in range(mesh.world)]
         self.ids_TK, self.weights_TK = (each.to(mesh.device) for each in self.routes[mesh.rank])
@@ -73,6 +76,11 @@ class Task:
         t_T1 = torch.arange(self.shape.tokens, device=self.mesh.device).unsqueeze(1)
         d_D = torch.arange(self.shape.hidden, device=self.mesh.device)
         return (((rank * 31 + t_T1 * 7 + d_D * 3 + (t_T1 * d_D) % 5) % 61 - 30) / 16).to(self.dtype)
+
+    def sent(self, rank: int) -> Tensor:
+        """x_TD of any rank as the experts get it."""
+        x_TD, (form, _, scale) = self.tokens(rank), self.codec.for_dispatch
+        return decode_rows(encode_rows(x_TD, form, scale), form, scale, self.shape.hidden, self.dtype)
 
     def expected_rows(self) -> tuple[Tensor, Tensor]:
         """rows_RD and offsets_e (int64) that must arrive here."""
@@ -88,13 +96,27 @@ class Task:
         rows_RD = self.x_TD.new_empty(len(order), self.shape.hidden)
         for source in range(self.mesh.world):
             here = source_R == source
-            rows_RD[here] = self.tokens(source)[token_R[here]]
+            rows_RD[here] = self.sent(source)[token_R[here]]
         ends_e = torch.bincount(expert_R, minlength=self.num_local).cumsum(0)
         return rows_RD, ends_e.to(self.mesh.device)
 
     def expected_sum(self) -> Tensor:
         """y_TD of combine where each row comes back as it went: x times the sum of its weights."""
-        return (self.x_TD.float() * self.weights_TK.sum(1, keepdim=True)).to(self.dtype)
+        return (self.sent(self.mesh.rank).float() * self.weights_TK.sum(1, keepdim=True)).to(self.dtype)
+
+    def num_off(self, got: Tensor, want: Tensor, dtype: torch.dtype) -> int:
+        """Elements further from `want` than 16 times the tolerance of its root mean square, or not finite.
+
+        The tolerance is that of `dtype`, or what the codec leaves where another exchange than dispatch is coded (`want`
+        is made without): then all elements are off as well if their signal-to-noise ratio is below that floor.
+        """
+        floor = coded.floor(self.codec)
+        if got.shape != want.shape or (floor is not None and sqnr(got, want) < floor):
+            return want.numel()
+        tolerance = TOLERANCE[dtype] if floor is None else 10 ** (-floor / 20)
+        scale = want.float().square().mean().sqrt().clamp_min(1e-12)
+        limit = 16 * tolerance * torch.maximum(want.float().abs(), scale)
+        return int((~((got.float() - want.float()).abs() <= limit)).sum())
 
     @property
     def remote_routes(self) -> int:
@@ -106,46 +128,51 @@ class Task:
         """Rows that must leave this rank if each token goes once to each rank that needs it."""
         return remote_pairs(self.ids_TK, self.mesh.rank, self.num_local, self.mesh.world)
 
-    def wire_rows(self, backend: str, op: str) -> int | None:
-        """Rows that a backend of this library sends from this rank; None for others'."""
-        gathered = (self.mesh.world - 1) * self.shape.tokens
+    def wire_bytes(self, backend: str, op: str) -> int | None:
+        """Bytes of rows that a backend of this library sends from this rank; None for others'."""
+        gathered, routed = (self.mesh.world - 1) * self.shape.tokens, self.remote_routes
+        # Rows of dispatch, combine and their backwards.
         table = {
-            "alltoall": (self.remote_routes, self.remote_routes),
-            "allgather": (gathered, self.remote_routes),
-            "allgather_prereduced": (gathered, gathered),
-            "torchtitan": (self.remote_routes, self.remote_routes),
+            "alltoall": (routed, routed, routed, routed),
+            "allgather": (gathered, routed, routed, routed),
+            "allgather_prereduced": (gathered, gathered, routed, gathered),
+            "torchtitan": (routed, routed, routed, routed),
         }
         if backend not in table:
             return None
-        there, back = table[backend]
-        return {"dispatch": there, "combine": back}.get(op, there + back)
+        parts = [
+            rows * wire_width(getattr(self.codec, exchange), self.codec.scale, self.shape.hidden, self.dtype)
+            for rows, exchange in zip(table[backend], EXCHANGES, strict=True)
+        ]
+        return sum({"dispatch": parts[:1], "combine": parts[1:2], "moe_layer": parts[:2]}.get(op, parts))
 
 
 def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
-    """One case a backend."""
-    task = Task(config, mesh)
-    shape, itemsize = task.shape, task.dtype.itemsize
+    """One case a backend and codec."""
+    shape, itemsize = shape_of(config), getattr(torch, config.dtype).itemsize
     row = shape.hidden * itemsize
     ways = 1 if op in ("dispatch", "combine") else 2 if op == "moe_layer" else 4
     for name in config.backends or ["alltoall"]:
-        dispatcher = backend_factory(name, BACKENDS, op)(mesh.group("ep"), shape, task.dtype)
-        if op in ("dispatch", "combine"):
-            work = (_dispatch if op == "dispatch" else _combine)(task, dispatcher)
-        else:
-            work = _layer(task, dispatcher, op == "moe_layer_backward", config.seed)
-        wire = task.wire_rows(name, op)
-        yield Case(
-            op,
-            name,
-            shape.tokens * row,
-            shape.tokens * shape.hidden,
-            config.dtype,
-            work,
-            logical_bytes=task.remote_pairs * row * ways,
-            wire_bytes=None if wire is None else wire * row * (2 if op == "moe_layer_backward" else 1),
-            label=config.shape or f"T{shape.tokens} D{shape.hidden} E{shape.experts} K{shape.topk}",
-            graph=name not in WAITS_FOR_HOST,
-        )
+        factory = backend_factory(name, BACKENDS, op)
+        for codec in coded.codecs_of(config, factory):
+            task = Task(config, mesh, codec)
+            dispatcher = factory(mesh.group("ep"), shape, task.dtype, *([codec] if coded.takes_codec(factory) else []))
+            if op in ("dispatch", "combine"):
+                work = (_dispatch if op == "dispatch" else _combine)(task, dispatcher)
+            else:
+                work = _layer(task, dispatcher, op == "moe_layer_backward", config.seed)
+            yield Case(
+                op,
+                name if codec == Codec() else f"{name} {codec}",
+                shape.tokens * row,
+                shape.tokens * shape.hidden,
+                config.dtype,
+                work,
+                logical_bytes=task.remote_pairs * row * ways,
+                wire_bytes=task.wire_bytes(name, op),
+                label=config.shape or f"T{shape.tokens} D{shape.hidden} E{shape.experts} K{shape.topk}",
+                graph=name not in WAITS_FOR_HOST,
+            )
 
 
 class _Kept:
@@ -188,7 +215,7 @@ def _combine(task: Task, dispatcher: TokenDispatcher) -> Work:
     def run() -> Tensor:
         return dispatcher.combine(rows_RD, task.weights_TK, dispatched)
 
-    return _Kept(run, lambda y_TD: num_off(y_TD, task.expected_sum(), task.dtype)).work()
+    return _Kept(run, lambda y_TD: task.num_off(y_TD, task.expected_sum(), task.dtype)).work()
 
 
 def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -> Work:
@@ -216,7 +243,7 @@ def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -
 
     def off(found: tuple[Tensor, ...]) -> int:
         want = _plain_layer(task, up, down, backward)
-        return sum(num_off(got, expected, task.dtype) for got, expected in zip(found, want, strict=True))
+        return sum(task.num_off(got, expected, task.dtype) for got, expected in zip(found, want, strict=True))
 
     return _Kept(run, off).work()
 
@@ -231,7 +258,8 @@ def _plain_layer(task: Task, up: Tensor, down: Tensor, backward: bool) -> list[T
 
     Returns this rank's y_TD and, with `backward`, the gradients of x_TD, weights_TK, up and down.
     """
-    x_ND = torch.cat([task.tokens(rank) for rank in range(task.mesh.world)]).requires_grad_(backward)
+    x_ND, grad_ND = (torch.cat([each(rank) for rank in range(task.mesh.world)]) for each in (task.sent, task.tokens))
+    x_ND.requires_grad_(backward)
     ids_NK, weights_NK = (torch.cat(each).to(task.mesh.device) for each in zip(*task.routes, strict=True))
     weights_NK.requires_grad_(backward)
     up, down = (each.detach().clone().requires_grad_(backward) for each in (up, down))
@@ -244,19 +272,10 @@ def _plain_layer(task: Task, up: Tensor, down: Tensor, backward: bool) -> list[T
     shared, own = [y_ND.detach()], []
     if backward:
         leaves = (x_ND, weights_NK, up, down)
-        grad_x, grad_weights, *own = torch.autograd.grad(y_ND, leaves, x_ND.detach().float())
+        grad_x, grad_weights, *own = torch.autograd.grad(y_ND, leaves, grad_ND.float())
         shared += [grad_x.float(), grad_weights]
     here = slice(task.mesh.rank * task.shape.tokens, (task.mesh.rank + 1) * task.shape.tokens)
     for part in shared:
         dist.all_reduce(part, group=task.mesh.group("ep"))
     dtypes = (task.dtype, task.dtype, torch.float32)
     return [part[here].to(dtype) for part, dtype in zip(shared, dtypes, strict=False)] + own
-
-
-def num_off(got: Tensor, want: Tensor, dtype: torch.dtype) -> int:
-    """Elements further from `want` than 16 times the tolerance of `dtype` of its root mean square, or not finite."""
-    if got.shape != want.shape:
-        return want.numel()
-    scale = want.float().square().mean().sqrt().clamp_min(1e-12)
-    limit = 16 * TOLERANCE[dtype] * torch.maximum(want.float().abs(), scale)
-    return int((~((got.float() - want.float()).abs() <= limit)).sum())

@@ -67,11 +67,19 @@ class Dispatcher:
 
 
 def dispatching(group: Any, shape: Any, dtype: Any) -> Dispatcher:
-    return Dispatcher(make_dispatcher("alltoall", group, shape.experts, top_k=shape.topk), "dispatch")
+    return coded_dispatching(group, shape, dtype, None)
 
 
 def combining(group: Any, shape: Any, dtype: Any) -> Dispatcher:
-    return Dispatcher(make_dispatcher("alltoall", group, shape.experts, top_k=shape.topk), "combine")
+    return coded_combining(group, shape, dtype, None)
+
+
+def coded_dispatching(group: Any, shape: Any, dtype: Any, codec: Any) -> Dispatcher:
+    return Dispatcher(make_dispatcher("alltoall", group, shape.experts, top_k=shape.topk, codec=codec), "dispatch")
+
+
+def coded_combining(group: Any, shape: Any, dtype: Any, codec: Any) -> Dispatcher:
+    return Dispatcher(make_dispatcher("alltoall", group, shape.experts, top_k=shape.topk, codec=codec), "combine")
 
 
 class Plane:

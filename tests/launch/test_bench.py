@@ -14,7 +14,7 @@ from moeweave.launch.bench import collectives, report, routed, shapes
 from moeweave.launch.bench.case import Case, Work
 from moeweave.launch.bench.measure import Times, figures
 from moeweave.launch.bench.program import bench, main
-from moeweave.launch.schema import BenchConfig
+from moeweave.launch.schema import BenchConfig, ConfigError
 from programs import fresh, run
 from run_ranks import run_ranks
 
@@ -72,6 +72,43 @@ def test_skewed_routes_are_right(routing: str) -> None:
         dispatch = next(line for line in found if line["op"] == "dispatch")
         assert dispatch["logical_bytes"] == 37 * 24 * 4
         assert dispatch["wire_bytes"] == 3 * 37 * 24 * 4
+
+
+CODED = ["none", "fp8", "int8", {"dispatch": "fp8", "combine": "fp8", "dispatch_backward": "fp8_e5m2"}]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codecs_are_lines_of_their_own(dtype: str) -> None:
+    found = on_ranks(2, op=list(routed.OPS), backend=OURS, codec=CODED, dtype=dtype, routing="balanced")
+    assert all(line["wrong"] == 0 and line["median"] > 0 for line in found)
+    lines_of = {(line["op"], line["backend"]): line["wire_bytes"] for line in found if line["op"] in routed.OPS}
+    assert len(lines_of) == len(routed.OPS) * len(OURS) * len(CODED)
+    size, all_fp8 = getattr(torch, dtype).itemsize, "alltoall dispatch=fp8 combine=fp8 dispatch_backward=fp8_e5m2"
+    rows = lines_of["combine", "alltoall fp8"] // (24 * size)
+    assert lines_of["dispatch", "alltoall"] == rows * 24 * size
+    assert lines_of["dispatch", "alltoall fp8"] == lines_of["dispatch", "alltoall int8"] == rows * 32
+    assert lines_of["moe_layer", all_fp8] == rows * 64
+    assert lines_of["moe_layer_backward", all_fp8] == rows * (96 + 24 * size)
+
+
+@pytest.mark.parametrize("backend, codec", [("dispatching", "fp8"), ("combining", {"combine": "fp8"})])
+def test_a_lost_row_is_noticed_through_a_codec(backend: str, codec: Any) -> None:
+    ops = ["dispatch" if backend == "dispatching" else "combine", "moe_layer"]
+    found = on_ranks(2, op=ops, backend=f"bench_corrupt:coded_{backend}", codec=codec)
+    assert all(line["wrong"] > 0 and "median" not in line for line in found if line["op"] in ops)
+
+
+@pytest.mark.parametrize(
+    "codec, backend, text",
+    [
+        ("fp9", "alltoall", r"codec=fp9: codec \('fp9'\) must be one of none, fp8"),
+        ({"dispatch": "fp8", "scale": "group128"}, "alltoall", r"width \(24\) must be a multiple of 128"),
+        ("fp8", "bench_corrupt:dispatching", r"backend=bench_corrupt:dispatching takes none\. Add alltoall"),
+    ],
+)
+def test_codecs_that_cannot_run_are_refused(codec: Any, backend: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        routed.check("dispatch", BenchConfig(**MOE, codec=codec, backend=backend), 2)
 
 
 @pytest.mark.parametrize("world", [2, 4])
