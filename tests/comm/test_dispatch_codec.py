@@ -17,9 +17,11 @@ from torch import Tensor
 
 from moeweave.comm.codec import Codec, decode_rows, encode_rows
 from moeweave.comm.dispatchers.select import make_dispatcher
+from moeweave.kernels_ext.grouped_mm import grouped_mm
+from moeweave.kernels_ext.scaled_grouped_mm import quantize_weight, scaled_grouped_mm
 from moeweave.kernels_ext.tolerance import assert_close
 from nan_empty import nan_empty
-from plain_moe import Case, ids_of, probe_of, routes_by_row, tokens_of, weights_of
+from plain_moe import Case, experts_of, ids_of, probe_of, routes_by_row, tokens_of, weights_of
 from run_ranks import run_ranks
 
 WAYS = [("alltoall", "exact"), ("allgather", "exact"), ("allgather", "prereduced")]
@@ -279,6 +281,31 @@ def test_coded_rows_are_the_codes_and_scales_of_the_decoded(way: tuple[str, str]
             rows_RD = (grouped * scales.reshape(len(codes_RD), -1, 1)).view(codes_RD.shape).to(BF16)
             assert torch.equal(rows_RD, found["want_RD"])
             assert torch.equal(y_TD, found["want_TD"])
+
+
+def low_precision(way: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Coded rows through the scaled grouped product, and decoded rows through the plain one, both combined."""
+    case, rank = Case((7, 4), dim=32, top_k=3, routing="holes"), dist.get_rank()
+    given = (tokens(case, rank), ids_of(case, rank), weights_of(case, rank))
+    weight, scales_EF = quantize_weight(experts_of(case)[rank * 4 : rank * 4 + 4])
+    found = []
+    for coded_rows in (True, False):
+        codec = Codec.parse("fp8")
+        dispatcher = make_dispatcher(way[0], dist.group.WORLD, 8, combine=way[1], codec=codec, coded_rows=coded_rows)
+        at = dispatcher.dispatch(*given)
+        if at.scales_R is not None:
+            out_RF = scaled_grouped_mm(at.rows_RD, at.scales_R, weight, scales_EF, at.offsets_e, torch.float32)
+        else:
+            out_RF = grouped_mm(at.rows_RD, weight.float() * scales_EF.unsqueeze(1), at.offsets_e)
+        found.append(dispatcher.combine(out_RF, given[2], at))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("way", WAYS, ids="/".join)
+def test_coded_rows_feed_a_low_precision_product(way: tuple[str, str]) -> None:
+    for got, want in run_ranks(2, low_precision, way):
+        assert_close("y_TD", got, want)
+        assert want.any()
 
 
 @pytest.mark.parametrize("name", ["alltoall", "allgather", "auto"])

@@ -71,6 +71,7 @@ PLANS = [
     pytest.param(dict(data="ddp"), id="ddp", marks=pytest.mark.slow),
     pytest.param(dict(recompute=True), id="recompute", marks=pytest.mark.slow),
     pytest.param(dict(dispatcher="allgather", combine="prereduced"), id="prereduced", marks=pytest.mark.slow),
+    pytest.param(dict(codec="fp8"), id="fp8", marks=pytest.mark.slow),
 ]
 
 

@@ -26,14 +26,14 @@ EVERYWHERE = dict(dispatch="fp8", combine="fp8", dispatch_backward="fp8", combin
 
 
 def train(
-    name: str, sizes: dict[str, int], codecs: list[Any], dispatcher: str = "auto", steps: int = 2
+    name: str, sizes: dict[str, int], codecs: list[Any], plan: dict[str, Any] | None = None, steps: int = 2
 ) -> list[tuple[list[float], dict[str, Tensor]]]:
     """Losses of some SGD steps, and the gradients of the first, for each codec."""
     mesh, found = Mesh(**sizes), []
     for codec in codecs:
         plain = name in plain_models.BLOCKS
         model = plain_models.build(name) if plain else hf_zoo.build(name)
-        model = parallelize(model, mesh, Plan(codec=codec, dispatcher=dispatcher))
+        model = parallelize(model, mesh, Plan(codec=codec, **(plan or {})))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         losses, grads = [], {}
         for _ in range(steps):
@@ -64,11 +64,19 @@ def test_qwen3_moe_trains_near_the_uncoded_one(codec: Any) -> None:
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_results_do_not_depend_on_where_the_experts_live(dispatcher: str) -> None:
-    spread = run_ranks(2, train, "packed", dict(dp=2, ep=2), [EVERYWHERE], dispatcher)
-    alone = run_ranks(2, train, "packed", dict(dp=2), [EVERYWHERE], dispatcher)
+    spread = run_ranks(2, train, "packed", dict(dp=2, ep=2), [EVERYWHERE], dict(dispatcher=dispatcher))
+    alone = run_ranks(2, train, "packed", dict(dp=2), [EVERYWHERE], dict(dispatcher=dispatcher))
     for ((losses, grads),), ((want_losses, want_grads),) in zip(spread, alone, strict=True):
         assert losses == pytest.approx(want_losses, rel=1e-5)
         assert relative_error(flat(grads), flat(want_grads)) < TOLERANCE[torch.float32]
+
+
+def test_recomputed_activations_are_coded_to_the_same_bits() -> None:
+    kept = run_ranks(2, train, "packed", dict(dp=2, ep=2), [EVERYWHERE])
+    again = run_ranks(2, train, "packed", dict(dp=2, ep=2), [EVERYWHERE], dict(recompute=True))
+    for ((losses, grads),), ((want_losses, want_grads),) in zip(again, kept, strict=True):
+        assert losses == want_losses
+        assert torch.equal(flat(grads), flat(want_grads))
 
 
 def prove(codec: Any) -> bool:
