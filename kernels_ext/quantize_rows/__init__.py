@@ -38,8 +38,8 @@ def encode(rows_RD: Tensor, kind: str = "int8", *, impl: str = "auto") -> tuple[
 
     rows_RD: [R, D], floating point; R may be 0.
     kind: "int8", "fp8" (e4m3), "fp8_e5m2", or one of the last two with "_group128" (D a multiple of 128).
-    Returns codes [R, D], int8, float8_e4m3fn or float8_e5m2, and scales float32 [R, G], never zero; NaN, with codes 0,
-    for what holds a NaN or an infinity.
+    Returns codes [R, D], int8, float8_e4m3fn or float8_e5m2, and scales float32 [R, G], never zero; not finite,
+    with codes 0, for what holds a NaN or an infinity.
     Raises ValueError on an unknown kind, another shape or dtype, or an impl that cannot run.
     """
     if kind not in FORMATS:

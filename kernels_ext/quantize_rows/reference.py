@@ -26,14 +26,12 @@ def encode(rows_RD: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
     Row [-2.54, 1.27] gives int8 codes [-127, 64] (63.5 rounds to even) and scale 0.02. A row of zeros gives zeros and
     the smallest normal float32, which also bounds the scales of rows below it: nothing is divided by zero. A NaN or an
-    infinity gives scale NaN and codes 0: all of the row (or the group) decodes to NaN.
+    infinity gives a scale that is one too, and codes 0: all of the row (or the group) decodes to NaN.
     """
     num_rows, dim = rows_RD.shape
     code, grouped_by = kind.removesuffix("_group128"), GROUP if kind.endswith("_group128") else dim
     grouped = rows_RD.float().reshape(num_rows, dim // grouped_by, grouped_by)
-    amax_RG = grouped.abs().amax(-1)
-    scales_RG = (amax_RG / MOST[code]).clamp(min=_TINY)
-    scales_RG = torch.where(amax_RG.isfinite(), scales_RG, torch.nan)
+    scales_RG = (grouped.abs().amax(-1) / MOST[code]).clamp(min=_TINY)
     scaled = (grouped / scales_RG[..., None]).reshape(num_rows, dim)
     scaled.clamp_(-MOST[code], MOST[code]).nan_to_num_(0.0)
     return (scaled.round_() if code == "int8" else scaled).to(CODES[code]), scales_RG
