@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moeweave.comm.communicator import Communicator
+from moeweave.comm.onesided import Moves
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Layout:
         group: name of the process group, "" for this rank alone.
         route_R: gathered exchange only: int64, the route of each row, numbered (w * T_max + t) * K + k.
         max_tokens: gathered exchange only: int64 [1] on the host, T_max, the largest T of the group.
+        slots: one-sided exchange only: where rows went in the windows.
     """
 
     order_N: Tensor
@@ -47,6 +49,7 @@ class Layout:
     group: str
     route_R: Tensor | None = None
     max_tokens: Tensor | None = None
+    slots: Moves | None = None
 
     @property
     def moves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
 import torch
@@ -58,6 +58,11 @@ class Sizes:
     width: int
     row_bytes: int
     max_tokens: int = 0
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Sizes:
+        """The way back of `dataclasses.astuple`."""
+        return cls(**dict(zip((field.name for field in fields(cls)), values, strict=True)))
 
 
 def check_equal(mine: Sizes, others: Sequence[Sizes], what: str) -> None:

@@ -13,6 +13,7 @@ from moeweave.comm.dispatchers.allgather import AllGatherDispatcher
 from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
 from moeweave.comm.dispatchers.ascend import make_ascend
 from moeweave.comm.dispatchers.ascend_limits import AscendOptions
+from moeweave.comm.dispatchers.onesided import OneSidedDispatcher
 from moeweave.comm.topology import Topology
 
 logger = logging.getLogger("moeweave")
@@ -21,6 +22,7 @@ logger = logging.getLogger("moeweave")
 COMBINES: dict[str, tuple[str, ...]] = {
     "alltoall": ("exact",),
     "allgather": ("exact", "prereduced"),
+    "onesided": ("prereduced", "exact"),
     "ascend": ("exact",),
 }
 DISPATCHERS = (*COMBINES, "auto")
@@ -107,6 +109,9 @@ def make_dispatcher(
         _log_once(f"dispatcher auto -> {name}: {reason}")
     if name == "allgather":
         return AllGatherDispatcher(group, num_experts, combine or "exact", codec=codec, coded_rows=coded_rows)
+    if name == "onesided":
+        combine = combine or COMBINES[name][0]
+        return OneSidedDispatcher(group, num_experts, combine, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens)
     if name == "ascend":
         return make_ascend(group, num_experts, ascend or AscendOptions(), codec=codec, coded_rows=coded_rows)
     return AllToAllDispatcher(group, num_experts, codec=codec, coded_rows=coded_rows)
