@@ -108,14 +108,16 @@ class CpuEngine:
             return Arrived(rows_RD, weights_R, offsets_e, moves)
 
         sizes = Sizes(
-            num_experts=num_experts, top_k=top_k, width=width, row_bytes=wire.row_bytes(x_TD), max_tokens=wire.max_tokens
+            num_experts=num_experts,
+            top_k=top_k,
+            width=width,
+            row_bytes=wire.row_bytes(x_TD),
+            max_tokens=wire.max_tokens,
         )
         return self._post(DISPATCH, sizes, num_tokens, None, _dispatch_map(sizes, num_local), write, read)
 
     @torch.no_grad()
-    def resend(
-        self, x_TD: Tensor, weights_TK: Tensor, moves: Moves, wire: Wire
-    ) -> Pending[tuple[Tensor, Tensor]]:
+    def resend(self, x_TD: Tensor, weights_TK: Tensor, moves: Moves, wire: Wire) -> Pending[tuple[Tensor, Tensor]]:
         known, width, dtype, weights_dtype = Splits.of(moves.splits), x_TD.shape[1], x_TD.dtype, weights_TK.dtype
         order_N = moves.order_N[: sum(known.sent)]
         sent = self._outgoing(x_TD, moves.token_S, weights_TK, order_N, known.slots, known.sent, wire)
@@ -124,7 +126,11 @@ class CpuEngine:
             return _take(places, moves, known, wire, width, dtype, weights_dtype)
 
         sizes = Sizes(
-            num_experts=0, top_k=weights_TK.shape[1], width=width, row_bytes=wire.row_bytes(x_TD), max_tokens=wire.max_tokens
+            num_experts=0,
+            top_k=weights_TK.shape[1],
+            width=width,
+            row_bytes=wire.row_bytes(x_TD),
+            max_tokens=wire.max_tokens,
         )
         return self._post(
             RESEND, sizes, x_TD.shape[0], int(moves.most_tokens), _dispatch_map(sizes, 0), sent.write, read
@@ -155,9 +161,7 @@ class CpuEngine:
         return self._post(SUMS, sizes, num_tokens, int(moves.most_tokens), _return_map(sizes, num_back), write, read)
 
     @torch.no_grad()
-    def return_rows(
-        self, rows_RD: Tensor, moves: Moves, num_tokens: int, top_k: int, wire: Wire
-    ) -> Pending[Tensor]:
+    def return_rows(self, rows_RD: Tensor, moves: Moves, num_tokens: int, top_k: int, wire: Wire) -> Pending[Tensor]:
         known, width, dtype = Splits.of(moves.splits), rows_RD.shape[1], rows_RD.dtype
         num_rows, num_routes = moves.perm_R.shape[0], sum(known.sent)
         words_RB = _words(rows_RD[:num_rows], wire)
@@ -226,7 +230,10 @@ def _take(
     weights_R = torch.cat(parts).index_select(0, moves.perm_R).to(weights_dtype)
     in_window = all(place.map is places[0].map for place in places)
     if in_window and wire.format == "none":
-        rows, index_R = _area_rows(places[0], word_dtype(places[0].map.row_bytes)), moves.source_R * places[0].map.tokens
+        rows, index_R = (
+            _area_rows(places[0], word_dtype(places[0].map.row_bytes)),
+            moves.source_R * places[0].map.tokens,
+        )
         index_R = index_R + moves.slot_R
     else:
         rows = torch.cat([_source_rows(place, n) for place, n in zip(places, known.taken, strict=True)])
@@ -268,7 +275,9 @@ def _as_words(rows: Tensor) -> Tensor:
 
 
 def _decoded(bytes_RB: Tensor, wire: Wire, width: int, dtype: torch.dtype) -> Tensor:
-    return bytes_RB.view(dtype) if wire.format == "none" else decode_rows(bytes_RB, wire.format, wire.scale, width, dtype)
+    return (
+        bytes_RB.view(dtype) if wire.format == "none" else decode_rows(bytes_RB, wire.format, wire.scale, width, dtype)
+    )
 
 
 def _bounds(counts_W: list[int], rank: int) -> tuple[int, int]:

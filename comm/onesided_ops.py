@@ -93,7 +93,7 @@ def _(x_TD, ids_TK, weights_TK, num_experts, engine, *_settings):  # type: ignor
         weights_TK.new_empty(R),
         ids_TK.new_empty(num_experts // size, dtype=torch.int32),
         [
-            *map(integers, (ids_TK.numel(), R, S, S, T + 1, R, R, R, sums + 1)),
+            *map(integers, (ids_TK.numel(), R, S, S, T + 1, R, R, R, sums)),
             torch.empty(6, size, dtype=torch.int64, device="cpu"),
             torch.empty(1, dtype=torch.int64, device="cpu"),
         ],

@@ -113,9 +113,7 @@ class OneSidedDispatcher:
             return Pending(lambda: _ReturnedRows.apply(rows_RD, weights_TK, rows.wait(), moves, self._combine))
         weights_R = _weights_of(dispatched)
         sums = engine.return_sums(rows_RD.detach(), weights_R, moves, *weights_TK.shape, wire)
-        return Pending(
-            lambda: _ReturnedSums.apply(rows_RD, weights_TK, weights_R, sums.wait(), moves, self._combine)
-        )
+        return Pending(lambda: _ReturnedSums.apply(rows_RD, weights_TK, weights_R, sums.wait(), moves, self._combine))
 
     def close(self) -> None:
         """Leave the group's windows: no dispatcher over the group can be used afterwards. Its end does the same."""

@@ -45,6 +45,8 @@ BACKENDS: dict[str, Callable[..., Any]] = {
     "alltoall": _moeweave("alltoall"),
     "allgather": _moeweave("allgather"),
     "allgather_prereduced": _moeweave("allgather", "prereduced"),
+    "onesided": _moeweave("onesided"),
+    "onesided_exact": _moeweave("onesided", "exact"),
     "torchtitan": torchtitan.MinimalAsyncEP,
 }
 WAITS_FOR_HOST = ("alltoall", "allgather", "allgather_prereduced")  # so no CUDA graph can hold them
@@ -133,6 +135,12 @@ class Task:
         gathered, routed = (self.mesh.world - 1) * self.shape.tokens, self.remote_routes
         # Rows of dispatch, combine and their backwards.
         table = {
+            "alltoall": (self.remote_routes, self.remote_routes),
+            "allgather": (gathered, self.remote_routes),
+            "allgather_prereduced": (gathered, gathered),
+            "onesided": (self.remote_pairs, self.remote_pairs),
+            "onesided_exact": (self.remote_pairs, self.remote_routes),
+            "torchtitan": (self.remote_routes, self.remote_routes),
             "alltoall": (routed, routed, routed, routed),
             "allgather": (gathered, routed, routed, routed),
             "allgather_prereduced": (gathered, gathered, routed, gathered),
