@@ -17,9 +17,7 @@ from moeweave.comm.onesided_ops import (
     onesided_return_sums,
     op,
 )
-from moeweave.comm.transfer import _pad_rows as pad_rows
-from moeweave.comm.transfer import _wide as wide
-from moeweave.comm.transfer import sum_routes
+from moeweave.comm.transfer import pad_rows, sum_routes, wide
 
 
 @op("moeweave::onesided_combine_sums", mutates_args=())

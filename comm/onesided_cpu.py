@@ -26,7 +26,7 @@ from moeweave.comm.onesided import Arrived, Moves, Splits, Wire
 from moeweave.comm.pending import Pending
 from moeweave.comm.rounds import Call, Exchange, Place
 from moeweave.comm.slots import list_slots, list_sums, plan_slots, prefix_sums
-from moeweave.comm.transfer import place_routes
+from moeweave.comm.transfer import place_routes, wide
 from moeweave.comm.windows import HEADER, DispatchMap, ReturnMap, Sizes, word_dtype
 from moeweave.kernels_ext.sum_rows import sum_rows
 
@@ -141,6 +141,7 @@ class CpuEngine:
         self, rows_RD: Tensor, weights_R: Tensor | None, moves: Moves, num_tokens: int, top_k: int, wire: Wire
     ) -> Pending[Tensor]:
         known, width, dtype = Splits.of(moves.splits), rows_RD.shape[1], rows_RD.dtype
+        total = wide(dtype)
 
         def write(peer: int, place: Place) -> None:
             first, last = _bounds(known.taken, peer)
@@ -148,13 +149,16 @@ class CpuEngine:
             if wire.format == "none":
                 out_SD = place.map.rows(place.area, dtype)[start : start + last - first]
                 sum_rows(rows_RD, moves.sum_R, ends, weights_R, out_SD=out_SD)
-            else:
-                coded = encode_rows(sum_rows(rows_RD, moves.sum_R, ends, weights_R), wire.format, wire.scale)
-                place.map.rows(place.area, torch.uint8)[start : start + last - first].copy_(coded)
+                return
+            # Coded from the wide sum, which is then rounded once.
+            sums = sum_rows(rows_RD, moves.sum_R, ends, weights_R, out_SD=torch.empty(last - first, width, dtype=total))
+            coded = encode_rows(sums, wire.format, wire.scale)
+            place.map.rows(place.area, torch.uint8)[start : start + last - first].copy_(coded)
 
         def read(places: list[Place]) -> Tensor:
-            arrived = _decoded(_packed(places, sum(known.slots)), wire, width, dtype)
-            return sum_rows(arrived, moves.home_S, moves.home_ends_T)
+            arrived = _decoded(_packed(places, sum(known.slots)), wire, width, dtype if wire.format == "none" else total)
+            y_TD = torch.empty(num_tokens, width, dtype=dtype)
+            return sum_rows(arrived, moves.home_S, moves.home_ends_T, out_SD=y_TD)
 
         row_bytes, num_back = wire.row_bytes(rows_RD), min(top_k, self.size)
         sizes = Sizes(num_experts=0, top_k=top_k, width=width, row_bytes=row_bytes, max_tokens=wire.max_tokens)

@@ -116,7 +116,7 @@ def backward_dispatch(ctx: Any, grad_RD: Tensor) -> Tensor:
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x_TD, ids_TK, _, _, *settings = inputs
-    rows_RD, weights_R, offsets_e, moves = output
+    _, weights_R, offsets_e, moves = output
     ctx.mark_non_differentiable(weights_R, offsets_e, *moves)
     save_dispatch(ctx, x_TD, ids_TK.shape[1], moves, Settings(*settings))
 
@@ -156,7 +156,7 @@ def _setup_resend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     save_dispatch(ctx, x_TD, weights_TK.shape[1], moves, Settings(*settings))
 
 
-def _backward_resend(ctx: Any, grad_RD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward_resend(ctx: Any, grad_RD: Tensor, _: Any) -> tuple[Any, ...]:
     return (backward_dispatch(ctx, grad_RD), None, [None] * len(Moves._fields), *[None] * 6)
 
 

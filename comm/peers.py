@@ -152,7 +152,7 @@ class Peers:
 def host_name() -> str:
     """The same for two processes that can reach each other by abstract sockets: kernel and network namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def same_host(group: dist.ProcessGroup) -> str | None:

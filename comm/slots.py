@@ -49,7 +49,7 @@ class SlotPlan(NamedTuple):
 
 def plan_slots(ids_TK: Tensor, num_experts: int, size: int) -> SlotPlan:
     """Expert ids (negative or >= num_experts: not routed) -> slots on each of `size` ranks."""
-    num_tokens, top_k = ids_TK.shape
+    num_tokens = ids_TK.shape[0]
     order_N, counts_E = sort_routes(ids_TK, num_experts)
     rank_TK = torch.where((ids_TK < 0) | (ids_TK >= num_experts), size, ids_TK // (num_experts // size))
     has_TW = torch.zeros(num_tokens, size + 1, dtype=torch.bool, device=ids_TK.device)

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moeweave.comm.codec import Codec
+from moeweave.comm.coded_rows import check_coded_rows, coded, coded_words
 from moeweave.comm.dispatch import Dispatched
 from moeweave.comm.engines import engine_named, engine_of
 from moeweave.comm.layout import Layout
-from moeweave.comm.onesided import Moves, Splits
+from moeweave.comm.onesided import Moves
 from moeweave.comm.onesided_combine import (
     backward_rows,
     backward_sums,
@@ -44,6 +45,7 @@ class OneSidedDispatcher:
         num_experts: experts over the whole group, a multiple of its size; rank r holds the r-th contiguous block.
         combine: "prereduced" or "exact".
         codec: formats of the rows on the link.
+        coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; no gradient.
         max_tokens: tokens that a rank may have at most; windows are sized for them once. None: windows grow.
 
     Raises:
@@ -57,25 +59,31 @@ class OneSidedDispatcher:
         combine: str = "prereduced",
         *,
         codec: Codec | None = None,
+        coded_rows: bool = False,
         max_tokens: int | None = None,
     ) -> None:
+        self.codec, self.coded_rows = codec or Codec(), coded_rows
+        check_coded_rows(self.codec, coded_rows)
         name, engine = engine_of(group)
         self.num_experts = num_experts
         # The engine of a group ends with the group; that of a rank alone, with its dispatcher.
         self._alone = engine if group is None else None
-        codec, exact, room = codec or Codec(), combine == "exact", max_tokens or 0
-        there, back = (codec.dispatch, codec.dispatch_backward), (codec.combine, codec.combine_backward)
-        self._dispatch = Settings(name, exact, room, *there, codec.scale)
-        self._combine = Settings(name, exact, room, *back, codec.scale)
+        exact, room = combine == "exact", max_tokens or 0
+        self._dispatch = Settings(name, exact, room, *self.codec.for_dispatch)
+        self._combine = Settings(name, exact, room, *self.codec.for_combine)
+        if coded_rows:  # the codes themselves are the rows
+            self._dispatch = self._dispatch.uncoded
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
-        if handle is not None:
-            rows_RD, weights_R = onesided_resend(x_TD, weights_TK.detach(), list(moves_of(handle)), *self._dispatch)
-            return self._dispatched(rows_RD, weights_R, handle)
-        rows_RD, weights_R, offsets_e, moves = onesided_dispatch(
-            x_TD, ids_TK, weights_TK.detach(), self.num_experts, *self._dispatch
-        )
-        return self._dispatched(rows_RD, weights_R, self._layout(ids_TK, offsets_e, Moves(*moves)))
+        sent, weights_TK = self._rows_to_send(x_TD), weights_TK.detach()
+        if handle is None:
+            rows_RD, weights_R, offsets_e, moves = onesided_dispatch(
+                sent, ids_TK, weights_TK, self.num_experts, *self._dispatch
+            )
+            handle = self._layout(ids_TK, offsets_e, Moves(*moves))
+        else:
+            rows_RD, weights_R = onesided_resend(sent, weights_TK, list(moves_of(handle)), *self._dispatch)
+        return self._dispatched(rows_RD, weights_R, handle, x_TD.shape[1])
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
         moves = list(moves_of(dispatched.handle))
@@ -86,41 +94,46 @@ class OneSidedDispatcher:
     def dispatch_async(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None
     ) -> Pending[Dispatched]:
-        engine, wire, top_k = engine_named(self._dispatch.engine), self._dispatch.wire, ids_TK.shape[1]
+        engine, wire, sent = engine_named(self._dispatch.engine), self._dispatch.wire, self._rows_to_send(x_TD)
+        width = x_TD.shape[1]
+
+        def joined(rows_RD: Tensor, weights_R: Tensor, layout: Layout) -> Dispatched:
+            if not self.coded_rows:
+                rows_RD = _Arrived.apply(x_TD, rows_RD, layout.top_k, moves_of(layout), self._dispatch)
+            return self._dispatched(rows_RD, weights_R, layout, width)
+
         if handle is not None:
-            moves, layout = moves_of(handle), handle
-            resent = engine.resend(x_TD, weights_TK, moves, wire)
-
-            def finish_resend() -> Dispatched:
-                rows_RD, weights_R = resent.wait()
-                rows_RD = _Arrived.apply(x_TD, rows_RD, top_k, moves, self._dispatch)
-                return self._dispatched(rows_RD, weights_R, layout)
-
-            return Pending(finish_resend)
-        posted = engine.dispatch(x_TD, ids_TK, weights_TK, self.num_experts, wire)
+            resent = engine.resend(sent, weights_TK, moves_of(handle), wire)
+            return Pending(lambda: joined(*resent.wait(), handle))
+        posted = engine.dispatch(sent, ids_TK, weights_TK, self.num_experts, wire)
 
         def finish() -> Dispatched:
-            arrived = posted.wait()
-            rows_RD = _Arrived.apply(x_TD, arrived.rows_RD, top_k, arrived.moves, self._dispatch)
-            return self._dispatched(rows_RD, arrived.weights_R, self._layout(ids_TK, arrived.offsets_e, arrived.moves))
+            rows_RD, weights_R, offsets_e, moves = posted.wait()
+            return joined(rows_RD, weights_R, self._layout(ids_TK, offsets_e, moves))
 
         return Pending(finish)
 
     def combine_async(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         engine, wire, moves = engine_named(self._combine.engine), self._combine.wire, moves_of(dispatched.handle)
         if self._combine.exact:
-            rows = engine.return_rows(rows_RD.detach(), moves, *weights_TK.shape, wire)
+            rows = engine.return_rows(rows_RD.detach(), moves, weights_TK.shape[0], weights_TK.shape[1], wire)
             return Pending(lambda: _ReturnedRows.apply(rows_RD, weights_TK, rows.wait(), moves, self._combine))
         weights_R = _weights_of(dispatched)
-        sums = engine.return_sums(rows_RD.detach(), weights_R, moves, *weights_TK.shape, wire)
+        sums = engine.return_sums(rows_RD.detach(), weights_R, moves, weights_TK.shape[0], weights_TK.shape[1], wire)
         return Pending(lambda: _ReturnedSums.apply(rows_RD, weights_TK, weights_R, sums.wait(), moves, self._combine))
 
     def close(self) -> None:
         """Leave the group's windows: no dispatcher over the group can be used afterwards. Its end does the same."""
         engine_named(self._dispatch.engine).close()
 
-    def _dispatched(self, rows_RD: Tensor, weights_R: Tensor, layout: Layout) -> Dispatched:
-        return Dispatched(rows_RD, None, None if self._combine.exact else weights_R, layout.offsets_e, layout)
+    def _rows_to_send(self, x_TD: Tensor) -> Tensor:
+        return coded_words(x_TD, self.codec) if self.coded_rows else x_TD
+
+    def _dispatched(self, rows_RD: Tensor, weights_R: Tensor, layout: Layout, width: int) -> Dispatched:
+        weights = None if self._combine.exact else weights_R
+        if self.coded_rows:
+            return coded(rows_RD, self.codec, width, layout, weights)
+        return Dispatched(rows_RD, None, weights, layout.offsets_e, layout)
 
     def _layout(self, ids_TK: Tensor, offsets_e: Tensor, moves: Moves) -> Layout:
         sent, received = moves.splits[0], moves.splits[1]

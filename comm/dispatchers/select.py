@@ -77,6 +77,7 @@ def make_dispatcher(
     combine: str | None = None,
     codec: Codec | None = None,
     coded_rows: bool = False,
+    max_tokens: int | None = None,
     ascend: AscendOptions | None = None,
 ) -> TokenDispatcher:
     """A dispatcher over `group` (None: this rank alone).
@@ -90,6 +91,7 @@ def make_dispatcher(
         codec: formats of the rows on the link, None for the rows as they are. Every dispatcher takes every codec but
             "ascend", whose operators know int8.
         coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; inference.
+        max_tokens: of any rank, for "onesided": its windows are sized once. None: they grow with the tokens.
         ascend: options of the dispatcher of that name, None for its defaults.
 
     Raises:
@@ -111,7 +113,9 @@ def make_dispatcher(
         return AllGatherDispatcher(group, num_experts, combine or "exact", codec=codec, coded_rows=coded_rows)
     if name == "onesided":
         combine = combine or COMBINES[name][0]
-        return OneSidedDispatcher(group, num_experts, combine, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens)
+        return OneSidedDispatcher(
+            group, num_experts, combine, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens
+        )
     if name == "ascend":
         return make_ascend(group, num_experts, ascend or AscendOptions(), codec=codec, coded_rows=coded_rows)
     return AllToAllDispatcher(group, num_experts, codec=codec, coded_rows=coded_rows)

@@ -41,7 +41,7 @@ def sum_rows(
         terms_N: int64, input rows by sum.
         ends_S: int64 [S + 1], where the terms of each sum start, and N.
         weights_R: one an input row, any floating dtype; None for ones.
-        out_SD: where to write, contiguous, in the rows' dtype; None for a new tensor.
+        out_SD: where to write, contiguous, of any floating dtype; None for a new tensor in the rows' dtype.
 
     Rows [1, 2, 4], terms [2, 0, 1], ends [0, 2, 2, 3] and weights [10, 1, 1]: sums [14, 0, 2].
     """
