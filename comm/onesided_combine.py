@@ -19,6 +19,8 @@ from moeweave.comm.onesided_ops import (
 )
 from moeweave.comm.transfer import pad_rows, sum_routes, wide
 
+BLOCK_BYTES = 1 << 19
+
 
 @op("moeweave::onesided_combine_sums", mutates_args=())
 def onesided_combine_sums(
@@ -43,6 +45,21 @@ def _(rows_RD, weights_TK, *_rest):  # type: ignore[no-untyped-def]
     return rows_RD.new_empty(weights_TK.shape[0], rows_RD.shape[1])
 
 
+@op("moeweave::row_dots", mutates_args=())
+def row_dots(a_RD: Tensor, b_RD: Tensor) -> Tensor:
+    """sum_d a[r, d] * b[r, d] -> [R]; in blocks, so that the products stay in the cache."""
+    step = max(1, BLOCK_BYTES // max(1, a_RD.shape[1] * a_RD.dtype.itemsize))
+    out_R = a_RD.new_empty(a_RD.shape[0])
+    for a, b, out in zip(a_RD.split(step), b_RD.split(step), out_R.split(step), strict=True):
+        torch.sum(a * b, dim=1, out=out)
+    return out_R
+
+
+@row_dots.register_fake
+def _(a_RD, b_RD):  # type: ignore[no-untyped-def]
+    return a_RD.new_empty(a_RD.shape[0])
+
+
 def save_sums(
     ctx: Any, rows_RD: Tensor, weights_TK: Tensor, weights_R: Tensor, moves: list[Tensor], settings: Settings
 ) -> None:
@@ -61,8 +78,8 @@ def backward_sums(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
     grad_RD, _ = onesided_resend(grad_TD, weights_TK.detach(), moves, *settings)
     grad_RD = grad_RD.to(wide(grad_RD.dtype))
     used = rows_RD[: grad_RD.shape[0]].to(grad_RD.dtype)
-    products_R1 = torch.einsum("rd,rd->r", grad_RD, used).unsqueeze(1)
-    returned = onesided_return_rows(products_R1, moves, *weights_TK.shape, *settings.uncoded)
+    dots_R1 = row_dots(grad_RD, used).unsqueeze(1)
+    returned = onesided_return_rows(dots_R1, moves, *weights_TK.shape, *settings.uncoded)
     grad_rows = (grad_RD * weights_R.unsqueeze(1).to(grad_RD.dtype)).to(rows_RD.dtype)
     return pad_rows(grad_rows, rows_RD.shape[0]), returned.squeeze(2).to(weights_TK.dtype)
 

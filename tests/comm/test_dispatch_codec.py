@@ -189,7 +189,7 @@ def test_equals_a_loop_over_routes(case: Case, codec: Codec) -> None:
         for way, found in ways.items():
             prereduced, one_sided = "prereduced" in way, "onesided" in way
             kind = (prereduced, prereduced or one_sided, prereduced and one_sided)
-            either = [want[*kind, fused] for fused in ((False, True) if prereduced and one_sided else (False,))]
+            either = [want[(*kind, fused)] for fused in ((False, True) if prereduced and one_sided else (False,))]
             expected = min(either, key=lambda each: relative_error(found["y_TD"], each[rank].y_TD))
             grads = [expected[source].grad_rows_TKD[token, k] for _, source, token, k in here]
             where = f"rank {rank} {way}"
