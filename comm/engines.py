@@ -12,19 +12,36 @@ import torch.distributed as dist
 
 from moeweave.comm.onesided import Engine
 from moeweave.comm.onesided_cpu import CpuEngine
+from moeweave.comm.peers import same_host
 from moeweave.comm.rounds import Exchange
 
 _NAMES = itertools.count()
 _NAMED: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
+_SHARES: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 _OF_GROUP: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[str, Engine]] = weakref.WeakKeyDictionary()
+
+
+def shares_memory(group: dist.ProcessGroup | None) -> bool:
+    """The ranks of `group` can write into each other's memory: CPU ranks of one host. A collective the first time."""
+    if group is None or dist.get_backend(group) != "gloo":
+        return False
+    if group not in _SHARES:
+        _SHARES[group] = same_host(group) is None
+    return _SHARES[group]
 
 
 def engine_of(group: dist.ProcessGroup | None) -> tuple[str, Engine]:
     """The engine of `group` and its name; of a rank alone a new one, which the caller must keep.
 
     Raises:
-        RuntimeError: the ranks of the group cannot share memory.
+        ValueError: the group is no CPU group.
+        RuntimeError: its ranks are on several hosts.
     """
+    if group is not None and dist.get_backend(group) != "gloo":
+        raise ValueError(
+            f"dispatcher ('onesided') needs a gloo group of CPU ranks, this one is {dist.get_backend(group)}. "
+            "Use dispatcher='alltoall' or 'allgather'."
+        )
     if group is not None and group in _OF_GROUP:
         return _OF_GROUP[group]
     name, engine = f"onesided-{next(_NAMES)}", CpuEngine(Exchange(group))

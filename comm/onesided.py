@@ -58,7 +58,8 @@ class Moves(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """`Moves.splits` by name, for each rank: routes sent and received, slots sent and received, and where, in that rank's
+    """`Moves.splits` by name, for each rank: routes sent and received, slots sent and received, and where, in that
+    rank's
     window, this rank's sums and this rank's rows start on their way back."""
 
     sent: list[int]

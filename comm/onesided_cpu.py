@@ -1,14 +1,15 @@
 """One-sided exchange on the CPU: the four operations of `onesided.Engine` as rounds over shared memory.
 
-    dispatch        each row once to each rank that needs it, with routes and weights; expanded to expert-major order there
+    dispatch        each row once to each rank that needs it, with routes and weights; expanded there by expert
     resend          the same along a known layout: rows and weights alone
     return_sums     the expert's rank sums a token's rows there, the token's rank sums over ranks
     return_rows     every row back to its route
 
-Rows are copied as words (`word_dtype`), whatever their dtype; each is written once into the window and read once from it.
+Rows are copied as words (`word_dtype`), whatever their dtype; each is written once into the window and read once from
+it.
 
-Legend: T tokens here, K routes a token, D width, B bytes of a row on the link, W ranks, R rows here, N routes sent, S slots
-sent, e experts of a rank.
+Legend: T tokens here, K routes a token, D width, B bytes of a row on the link, W ranks, R rows here, N routes sent, S
+slots sent, e experts of a rank.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ class CpuEngine:
             place.map.rows(place.area, torch.uint8)[start : start + last - first].copy_(coded)
 
         def read(places: list[Place]) -> Tensor:
-            arrived = _decoded(_packed(places, sum(known.slots)), wire, width, dtype if wire.format == "none" else total)
+            arrived = _decoded(
+                _packed(places, sum(known.slots)), wire, width, dtype if wire.format == "none" else total
+            )
             y_TD = torch.empty(num_tokens, width, dtype=dtype)
             return sum_rows(arrived, moves.home_S, moves.home_ends_T, out_SD=y_TD)
 

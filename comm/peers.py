@@ -1,8 +1,8 @@
 """Messages between the ranks of a group on one host: a Unix socket a pair, descriptors included.
 
 A message says that rows lie in a window, or that a window may be written again: the kernel orders it after the writes
-before it, which Python could not. A waiting rank sleeps in `poll`, it does not spin. The end of a peer's file means that
-it died, and is an error at once; a peer that is only late is one after the deadline.
+before it, which Python could not. A waiting rank sleeps in `poll`, it does not spin. The end of a peer's file means
+that it died, and is an error at once; a peer that is only late is one after the deadline.
 """
 
 from __future__ import annotations

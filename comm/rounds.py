@@ -6,8 +6,8 @@ the same order. NUM_AREAS rounds can be under way; a rank that posts one more fi
 order of waiting can lock up. All dispatchers over a group share its rounds.
 
 Room grows with the tokens, by facts that every rank has at the same round: the largest number of tokens in the rounds
-that all have read, or in the layout that is used again. A rank that has more tokens than that sends this round's rows in
-memory of its own, whose descriptor goes with the message.
+that all have read, or in the layout that is used again. A rank that has more tokens than that sends this round's rows
+in memory of its own, whose descriptor goes with the message.
 
 Legend: W ranks, T tokens of a rank.
 """

@@ -1,13 +1,13 @@
 """Which row goes where in a window: slots from prefix sums, the same on every device.
 
 A token with several experts on one rank goes there once. Slot s of rank w is the s-th token, in order, that has a route
-to w, so the slot of every (token, rank) is a prefix sum over tokens: no atomics, no exchange, and two runs give the same
-slots. The expert's rank then finds the rows of its experts by the slot that each route names.
+to w, so the slot of every (token, rank) is a prefix sum over tokens: no atomics, no exchange, and two runs give the
+same slots. The expert's rank then finds the rows of its experts by the slot that each route names.
 
-Worked example, 2 ranks of 2 experts, ids [[3, 0], [0, 1], [2, -1]]: tokens 0 and 1 have routes to rank 0, tokens 0 and 2
-to rank 1. slot_TW = [[0, 0], [1, 0], [1, 1]] (entries without a route mean nothing), slots_W = [2, 2]. Routes by expert
-are 1, 2 (expert 0), 3 (expert 1), 4 (expert 2), 0 (expert 3), 5 (none): their slots are 0, 1, 1, 1, 0, and 4 rows travel
-for 5 routes.
+Worked example, 2 ranks of 2 experts, ids [[3, 0], [0, 1], [2, -1]]: tokens 0 and 1 have routes to rank 0, tokens 0 and
+2 to rank 1. slot_TW = [[0, 0], [1, 0], [1, 1]] (entries without a route mean nothing), slots_W = [2, 2]. Routes by
+expert are 1, 2 (expert 0), 3 (expert 1), 4 (expert 2), 0 (expert 3), 5 (none): their slots are 0, 1, 1, 1, 0, and 4
+rows travel for 5 routes.
 
 Legend: T tokens here, K routes a token, N = T * K routes, W ranks, S slots sent by this rank, E experts.
 """

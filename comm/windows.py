@@ -71,8 +71,8 @@ def check_equal(mine: Sizes, others: Sequence[Sizes], what: str) -> None:
         for field, value in asdict(mine).items():
             if getattr(sizes, field) != value:
                 raise RuntimeError(
-                    f"{what}: {field} is {getattr(sizes, field)} on rank {rank} and {value} here; it must be the same on "
-                    "all ranks of the group. Call the layers in the same order with the same sizes."
+                    f"{what}: {field} is {getattr(sizes, field)} on rank {rank} and {value} here; it must be the same "
+                    "on all ranks of the group. Call the layers in the same order with the same sizes."
                 )
 
 
@@ -81,8 +81,8 @@ class DispatchMap:
     """An area while it takes a dispatch: for each source a header, routes, weights and rows.
 
     header: int64 [4 + e]: tokens of the source, slots, where the sums and where the rows of its way back start, and
-    routes to each expert. routes: int64 [T * K, 2], by expert: slot and route number t * K + k. weights: float64 [T * K].
-    rows: [T, B], by slot.
+    routes to each expert. routes: int64 [T * K, 2], by expert: slot and route number t * K + k. weights: float64 [T *
+    K]. rows: [T, B], by slot.
     """
 
     sources: int

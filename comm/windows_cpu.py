@@ -1,7 +1,7 @@
 """Windows on the CPU of one host: a memfd region a rank, mapped by its peers.
 
-The descriptors travel over the sockets of `Peers`; nothing has a name in a file system, so nothing is left after a kill,
-and the size limit of /dev/shm does not apply. Pages take memory when they are first written.
+The descriptors travel over the sockets of `Peers`; nothing has a name in a file system, so nothing is left after a
+kill, and the size limit of /dev/shm does not apply. Pages take memory when they are first written.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Dispatch by one-sided writes: each token once to each rank that needs it, straight into that rank's window.
 
-Wins over collectives where memory can be shared, whatever the routing: no exchange of counts, no staging on either side,
-and fewer rows than an all-to-all (2.7 for 6.0 at top-8 over 4 ranks). On the CPU all ranks must be on one host. The way
-back is one row a token and rank, summed on the experts' rank ("prereduced", the default: bitwise repeatable, rounded once
-more), or a row a route ("exact": the bits of the all-to-all dispatcher).
+Wins over collectives where memory can be shared, whatever the routing: no exchange of counts, no staging on either
+side, and fewer rows than an all-to-all (2.7 for 6.0 at top-8 over 4 ranks). On the CPU all ranks must be on one host.
+The way back is one row a token and rank, summed on the experts' rank ("prereduced", the default: bitwise repeatable,
+rounded once more), or a row a route ("exact": the bits of the all-to-all dispatcher).
 
 The asynchronous forms write at once and read at `wait`. `dispatch_async` of several micro-batches may be under way.
 

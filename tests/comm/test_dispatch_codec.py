@@ -144,6 +144,7 @@ def wanted(
         return torch.where(routed_TK1, rows_TKD.double(), 0.0)
 
     out_TKD = routes(coded(x_TD, codec.dispatch, codec.scale).double().unsqueeze(1) * factors_TK1)
+
     def sums(rows_TKD: Tensor, scales_TK1: Tensor, form: str) -> Tensor:
         """Summed on each rank and then over ranks, coded in between."""
         terms_TKD = rows_TKD.double() * scales_TK1.double() if fused else rows_TKD.float() * scales_TK1.float()

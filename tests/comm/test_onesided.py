@@ -1,4 +1,5 @@
-"""One-sided dispatch beyond the contract of all dispatchers: rounds under way at once, windows that grow, epochs that go
+"""One-sided dispatch beyond the contract of all dispatchers: rounds under way at once, windows that grow, epochs that
+go
 round, thousands of iterations, and what is left when a group ends.
 
 Letters: T tokens of a rank, K routes a token, D width.
@@ -79,11 +80,11 @@ def many_under_way(combine: str) -> list[bool]:
     cases = [Case((5, 17), routing="holes"), Case((9, 3), dim=40, top_k=3, num_experts=4)]
     dispatchers = [make_dispatcher("onesided", dist.group.WORLD, c.num_experts, combine=combine) for c in cases]
     equal, order = [], (3, 0, 6, 1, 5, 2, 4)
-    pending = [dispatchers[i % 2].dispatch_async(x * (i + 1), *rest) for i in range(7) for x, *rest in [given(cases, i)]]
-    arrived = {i: pending[i].wait() for i in order}
-    back = [
-        dispatchers[i % 2].combine_async(arrived[i].rows_RD, given(cases, i)[2], arrived[i]) for i in range(7)
+    pending = [
+        dispatchers[i % 2].dispatch_async(x * (i + 1), *rest) for i in range(7) for x, *rest in [given(cases, i)]
     ]
+    arrived = {i: pending[i].wait() for i in order}
+    back = [dispatchers[i % 2].combine_async(arrived[i].rows_RD, given(cases, i)[2], arrived[i]) for i in range(7)]
     results = {i: back[i].wait() for i in reversed(order)}
     for i in range(7):
         x_TD, ids_TK, weights_TK = given(cases, i)
@@ -241,7 +242,7 @@ def used_and_ended(by_close: bool) -> list[Any]:
         del group
     rows = dispatched.rows_RD.clone()
     left = window_maps()
-    with pytest.raises(RuntimeError, match="Make a new dispatcher|were closed"):
+    with pytest.raises(RuntimeError, match=r"Make a new dispatcher|were closed"):
         dispatcher.dispatch(x_TD, ids_TK, weights_TK)
     return [min(open_now) > 0, left == (0, 0), torch.equal(rows, dispatched.rows_RD)]
 
@@ -279,11 +280,12 @@ def out_of_step() -> str:
     dispatcher = make_dispatcher("onesided", dist.group.WORLD, 8)
     x_TD, ids_TK, weights_TK = inputs_of(Case((5, 17)))
     dispatched = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+    calls = (
+        lambda: dispatcher.dispatch(x_TD, ids_TK, weights_TK),
+        lambda: dispatcher.combine(dispatched.rows_RD, weights_TK, dispatched),
+    )
     with pytest.raises(RuntimeError) as caught:
-        if dist.get_rank():
-            dispatcher.combine(dispatched.rows_RD, weights_TK, dispatched)
-        else:
-            dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        calls[dist.get_rank()]()
     return str(caught.value)
 
 

@@ -1,4 +1,5 @@
-"""Ranks that die, stop or leave during a one-sided exchange: the others get an error that names rank, operation and wait,
+"""Ranks that die, stop or leave during a one-sided exchange: the others get an error that names rank, operation and
+wait,
 within the deadline, and nothing is left. The ranks are processes of their own, without a launcher that would end them.
 """
 
