@@ -64,7 +64,7 @@ def save_sums(
     ctx: Any, rows_RD: Tensor, weights_TK: Tensor, weights_R: Tensor, moves: list[Tensor], settings: Settings
 ) -> None:
     """Keep what `backward_sums` needs."""
-    ctx.settings = settings
+    ctx.settings, ctx.num_moves = settings, len(moves)
     ctx.save_for_backward(rows_RD, weights_TK, weights_R, *moves)
 
 
@@ -91,8 +91,7 @@ def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_sums(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
     grad_rows, grad_weights = backward_sums(ctx, grad_TD)
-    num_moves = len(ctx.saved_tensors) - 3
-    return (grad_rows, grad_weights, None, [None] * num_moves, *[None] * 6)
+    return (grad_rows, grad_weights, None, [None] * ctx.num_moves, *[None] * 6)
 
 
 onesided_combine_sums.register_autograd(_backward_sums, setup_context=_setup_sums)
