@@ -49,7 +49,7 @@ BACKENDS: dict[str, Callable[..., Any]] = {
     "onesided_exact": _moeweave("onesided", "exact"),
     "torchtitan": torchtitan.MinimalAsyncEP,
 }
-WAITS_FOR_HOST = ("alltoall", "allgather", "allgather_prereduced")  # so no CUDA graph can hold them
+WAITS_FOR_HOST = tuple(name for name in BACKENDS if name != "torchtitan")  # so no CUDA graph can hold them
 
 
 def check(op: str, config: BenchConfig, ranks: int) -> None:
@@ -133,17 +133,14 @@ class Task:
     def wire_bytes(self, backend: str, op: str) -> int | None:
         """Bytes of rows that a backend of this library sends from this rank; None for others'."""
         gathered, routed = (self.mesh.world - 1) * self.shape.tokens, self.remote_routes
+        pairs = self.remote_pairs
         # Rows of dispatch, combine and their backwards.
         table = {
-            "alltoall": (self.remote_routes, self.remote_routes),
-            "allgather": (gathered, self.remote_routes),
-            "allgather_prereduced": (gathered, gathered),
-            "onesided": (self.remote_pairs, self.remote_pairs),
-            "onesided_exact": (self.remote_pairs, self.remote_routes),
-            "torchtitan": (self.remote_routes, self.remote_routes),
             "alltoall": (routed, routed, routed, routed),
             "allgather": (gathered, routed, routed, routed),
             "allgather_prereduced": (gathered, gathered, routed, gathered),
+            "onesided": (pairs, pairs, pairs, pairs),
+            "onesided_exact": (pairs, routed, routed, pairs),
             "torchtitan": (routed, routed, routed, routed),
         }
         if backend not in table:

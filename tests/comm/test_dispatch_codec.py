@@ -18,10 +18,9 @@ from torch import Tensor
 
 from moeweave.comm.codec import Codec, decode_rows, encode_rows
 from moeweave.comm.dispatchers.select import make_dispatcher
-from moeweave.kernels_ext.tolerance import assert_close, relative_error
 from moeweave.kernels_ext.grouped_mm import grouped_mm
 from moeweave.kernels_ext.scaled_grouped_mm import quantize_weight, scaled_grouped_mm
-from moeweave.kernels_ext.tolerance import assert_close
+from moeweave.kernels_ext.tolerance import assert_close, relative_error
 from nan_empty import nan_empty
 from plain_moe import Case, experts_of, ids_of, probe_of, routes_by_row, tokens_of, weights_of
 from run_ranks import run_ranks
