@@ -66,6 +66,10 @@ class CpuEngine:
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, wire: Wire
     ) -> Pending[Arrived]:
+        if x_TD.device.type != "cpu":
+            raise ValueError(
+                f"x.device ({x_TD.device}) must be cpu for dispatcher='onesided'. Use dispatcher='alltoall'."
+            )
         size, (num_tokens, top_k), width = self.size, ids_TK.shape, x_TD.shape[1]
         plan = plan_slots(ids_TK, num_experts, size)
         token_S, home_S, home_ends_T = list_slots(plan)

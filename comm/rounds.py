@@ -14,6 +14,7 @@ Legend: W ranks, T tokens of a rank.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -31,6 +32,8 @@ from moeweave.comm.pending import Pending
 from moeweave.comm.slots import later_epoch
 from moeweave.comm.windows import NUM_AREAS, Sizes, check_equal
 from moeweave.comm.windows_cpu import SharedWindows, create_memory, map_memory
+
+logger = logging.getLogger("moeweave")
 
 ARRIVED, TAKEN, WINDOW, ROOM = range(FIRST_KIND, FIRST_KIND + 4)
 OPERATIONS = ("dispatch", "dispatch with a known layout", "combine of sums", "combine of rows")
@@ -185,6 +188,7 @@ class Exchange:
         num_bytes = NUM_AREAS * area_bytes
         if self._windows is not None and self._windows.num_bytes >= num_bytes:
             return self._windows
+        logger.info("one-sided windows of %.1f MB a rank, %d ranks", num_bytes / 1e6, self.peers.size)
         fd, mine = create_memory(num_bytes)
         for peer in self.peers.others:
             self.peers.send(peer, _HEAD.pack(WINDOW, self._epoch), fd)

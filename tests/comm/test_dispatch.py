@@ -46,6 +46,7 @@ def cases_on(world: int) -> list[Case]:
         Case((0, *uneven[1:])),
         Case((*uneven[:-1], 0), routing="holes", dtype=torch.bfloat16),
         Case(uneven, num_experts=world, top_k=1),
+        Case(uneven, num_experts=16, top_k=16, routing="holes"),
         Case(uneven, dim=1),
         Case(uneven, dtype=torch.bfloat16, weights_dtype=torch.bfloat16),
     ]
@@ -53,6 +54,10 @@ def cases_on(world: int) -> list[Case]:
 
 
 CASES = [pytest.param(world, case, id=f"{world}ranks-{case.name}") for world in (1, 2, 4) for case in cases_on(world)]
+CASES += [
+    pytest.param(8, Case((5, 0, 1, 9, 17, 2, 3, 8), **kind), id=f"8ranks-{number}", marks=pytest.mark.slow)
+    for number, kind in enumerate((dict(routing="holes", top_k=3), dict(num_experts=16, top_k=16), dict(routing="hot")))
+]
 
 
 def group_of(world: int) -> dist.ProcessGroup | None:
