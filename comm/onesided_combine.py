@@ -19,7 +19,7 @@ from moeweave.comm.onesided_ops import (
 )
 from moeweave.comm.transfer import pad_rows, sum_routes, wide
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 18
 
 
 @op("moeweave::onesided_combine_sums", mutates_args=())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 name = "bag"
 
-BLOCK_BYTES = 1 << 20  # of a block's sums
+BLOCK_BYTES = 1 << 18  # of a block's sums
 
 
 def supports(*tensors: Tensor) -> str | None:
