@@ -17,7 +17,7 @@ def supports(*tensors: Tensor) -> str | None:
     codes_RD = tensors[0]
     if codes_RD.device.type != "cpu":
         return f"it is for CPUs, not {codes_RD.device.type}"
-    if not codes_RD.is_floating_point():
+    if codes_RD.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return f"it is for fp8, not {codes_RD.dtype}"
     return None
 
