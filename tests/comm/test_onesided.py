@@ -70,6 +70,7 @@ def test_hundreds_of_steps_without_a_wrong_value() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ten_thousand_steps_without_a_wrong_value(world: int) -> None:
     assert run_ranks(world, soak, 10_000, timeout=1200) == [0] * world
