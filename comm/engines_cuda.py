@@ -11,7 +11,8 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from moeweave.comm.onesided_cuda import Budget, CudaEngine
+from moeweave.comm.onesided_cuda import CudaEngine
+from moeweave.comm.onesided_launch import Budget
 from moeweave.comm.windows_cuda import CudaWindow, SymmetricWindow, WindowMap
 
 _NAMES = itertools.count()

@@ -16,21 +16,17 @@ e experts of this rank, G scales of a row, C chunks of a rank.
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moeweave.comm.codec import num_scales, wire_width
+from moeweave.comm.onesided_launch import Budget, Launcher, ceil_div, set_tensors
 from moeweave.comm.windows_cuda import CudaWindow, WindowMap
 from moeweave.kernels_ext import onesided
-from moeweave.kernels_ext.onesided import CACHED, EXACT, GRADIENT, RAW, RECEIVE, SEND, WEIGHTED
-
-
-class OneSidedError(RuntimeError):
-    """A rank died, is late, or failed. Results of the operations since are NaN, and later ones fail at once."""
+from moeweave.kernels_ext.onesided import CACHED, EXACT, GRADIENT, RAW, WEIGHTED
+from moeweave.kernels_ext.quantize_rows import CODES
 
 
 class CudaMoves(NamedTuple):
@@ -62,56 +58,22 @@ class CudaArrived(NamedTuple):
     moves: CudaMoves
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Blocks, two to a multiprocessor at most.
-
-    Attributes:
-        senders: those that hold the link.
-        receivers: those that expand or sum what arrives.
-    """
-
-    senders: int
-    receivers: int
-
-    @classmethod
-    def of(cls, device: torch.device, num_sms: int | None = None) -> Budget:
-        """All multiprocessors for both, or `num_sms` for the link."""
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        senders = sms if num_sms is None else num_sms
-        if not 1 <= senders <= sms:
-            raise ValueError(
-                f"num_sms ({num_sms}) must be from 1 to {sms}, the multiprocessors of {device}. Change it."
-            )
-        return cls(senders, sms)
-
-
 class CudaEngine:
     """Dispatch and combine over one window.
 
     Args:
-        window: of this rank; every rank of the group has one of the same map.
-        window_map: its layout.
-        timeout: seconds that one wait of a kernel may take.
-        budget: blocks of each launch. Engines whose launches overlap must fit the device together.
+        window, window_map, timeout, budget: see `Launcher`.
 
     Attributes:
+        map: the window's.
         name: what operators call it, once it is registered.
-        stream: for the asynchronous forms.
-        posted: end of the last asynchronous operation, until something waited for it; later launches come after it.
     """
 
     def __init__(
         self, window: CudaWindow, window_map: WindowMap, *, timeout: float = 600.0, budget: Budget | None = None
     ) -> None:
-        self.device, self.map, self._window = window.peers.device, window_map, window
-        self.rank, self.size, self.timeout = window.rank, window.size, timeout
-        self.budget = budget or Budget.of(self.device)
-        self.name, self.stream = "", torch.cuda.Stream(self.device)
-        self.posted: torch.cuda.Event | None = None
-        self.state = torch.zeros(32, dtype=torch.int32, device=self.device)
-        self.report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
-        self._base = self._fixed_params()
+        self.launcher = Launcher(window, window_map, timeout, budget)
+        self.map, self.device, self.name = window_map, self.launcher.device, ""
 
     def dispatch(
         self,
@@ -136,11 +98,12 @@ class CudaEngine:
             raw: rows stay encoded: codes and scales for a low-precision grouped GEMM.
         """
         self._check_input(x_TD, ids_TK, format, scale)
+        ids_TK = ids_TK.contiguous()
         capacity = self.plan(ids_TK, align) if capacity is None else capacity
         (T, top_k), M, new = ids_TK.shape, self.map.max_tokens, self._integers
         moves = CudaMoves(
-            ids_TK.contiguous(), new(T, top_k), new(self.size, M, top_k), new(self.size, self.map.num_chunks),
-            new(self.size, M), new(self.map.num_local),
+            ids_TK, new(T, top_k), new(self.map.size, M, top_k), new(self.map.size, self.map.num_chunks),
+            new(self.map.size, M), new(self.map.num_local),
         )  # fmt: skip
         arrived = self._outputs(x_TD, moves, capacity, format, scale, raw)
         self._launch_dispatch(x_TD, weights_TK, arrived, format, scale, RAW if raw else 0, align)
@@ -178,10 +141,12 @@ class CudaEngine:
         grad_RD, grad_TK = torch.zeros_like(rows_RD), grad_TD.new_empty(moves.ids_TK.shape, dtype=torch.float32)
         params = self._params("dispatch", grad_TD.shape[1], moves, format, scale, grad_TD.dtype)
         grad_TD, rows_RD = grad_TD.contiguous(), rows_RD.contiguous()
-        _set(params, x=grad_TD, rows=grad_RD, saved=rows_RD, row_weights=weights_R, grad_weights=grad_TK)
+        set_tensors(params, x=grad_TD, rows=grad_RD, saved=rows_RD, row_weights=weights_R, grad_weights=grad_TK)
         params.capacity, params.flags, params.receiver_parts = rows_RD.shape[0], CACHED | GRADIENT, 1
-        self._launch("moeweave_dispatch", params, grad_TD.dtype, format, scale)
-        self._launch("moeweave_weight_gradients", params, grad_TD.dtype, format, scale, grid=self.budget.receivers)
+        self.launcher.launch("moeweave_dispatch", params, grad_TD.dtype, format, scale)
+        self.launcher.launch(
+            "moeweave_weight_gradients", params, grad_TD.dtype, format, scale, grid=self.launcher.budget.receivers
+        )
         return grad_RD, grad_TK
 
     def combine(
@@ -200,11 +165,12 @@ class CudaEngine:
         """
         if exact and not self.map.exact:
             raise ValueError("exact (True) needs a window with exact=True. Make the engine with combine='exact'.")
+        _check_row(rows_RD, format, scale, self.map.back_bytes)
         rows_RD, num_tokens = rows_RD.contiguous(), moves.ids_TK.shape[0]
         y_TD = rows_RD.new_empty(num_tokens, rows_RD.shape[1])
         params = self._params("combine", rows_RD.shape[1], moves, format, scale, rows_RD.dtype)
         weights = None if weights is None else weights.contiguous()
-        _set(
+        set_tensors(
             params,
             x=y_TD,
             rows=rows_RD,
@@ -213,58 +179,42 @@ class CudaEngine:
         params.capacity = rows_RD.shape[0]
         params.weights_type = onesided.WEIGHTS[weights.dtype] if exact and weights is not None else 0
         params.flags = (EXACT if exact else 0) | (0 if weights is None else WEIGHTED)
-        of_block = _ceil(num_tokens * min(self.size, self.map.top_k), self.budget.senders)
-        self._share_rows("moeweave_combine", params, self.budget.receivers, of_block, num_tokens)
-        self._launch("moeweave_combine", params, rows_RD.dtype, format, scale)
+        of_block = ceil_div(num_tokens * min(self.map.size, self.map.top_k), self.launcher.budget.senders)
+        self.launcher.share_rows("moeweave_combine", params, of_block, num_tokens)
+        self.launcher.launch("moeweave_combine", params, rows_RD.dtype, format, scale)
         return y_TD
 
     def plan(self, ids_TK: Tensor, align: int = 1) -> int:
         """Number of rows that a dispatch of these ids will bring. Synchronises the host."""
         offsets_e = self._integers(self.map.num_local)
-        params = self._base_copy("plan")
-        _set(params, ids=ids_TK, offsets=offsets_e)
+        params = self.launcher.params("plan")
+        set_tensors(params, ids=ids_TK, offsets=offsets_e)
         params.ids_wide, params.num_tokens = int(ids_TK.dtype == torch.int64), ids_TK.shape[0]
         params.capacity, params.align, params.senders = 2**31 - 1, align, 1
-        self._launch("moeweave_plan", params, torch.bfloat16, "none", "token", grid=1)
+        self.launcher.launch("moeweave_plan", params, torch.bfloat16, "none", "token", grid=1)
         torch.cuda.current_stream(self.device).synchronize()
-        self.check()
-        return int(self.report[6])
+        self.launcher.check()
+        return self.launcher.num_planned
 
     def worst_capacity(self) -> int:
         """Rows that can arrive at most: every token of every rank on as many experts of this one as it may choose."""
-        return self.size * self.map.max_tokens * min(self.map.top_k, self.map.num_local)
-
-    @property
-    def num_dropped(self) -> int:
-        """Routes that found no room here, over all dispatches that have ended. No synchronisation."""
-        return int(self.report[5])
-
-    def check(self) -> None:
-        """Raise OneSidedError if an operation that has ended has failed. No synchronisation."""
-        failed, kind, wait, awaited, reporter, *_ = self.report.tolist()
-        if not failed:
-            return
-        what, said = onesided.OPERATIONS[kind], "" if reporter == self.rank else f", as rank {reporter} reports"
-        raise OneSidedError(
-            f"onesided, rank {self.rank} of {self.size}: {what} waited {self.timeout:g} s for the "
-            f"{onesided.WAITS[wait]} of rank {awaited}{said}. Its results are NaN. Restart the ranks of this group."
-        )
+        return self.map.size * self.map.max_tokens * min(self.map.top_k, self.map.num_local)
 
     def _launch_dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, arrived: CudaArrived, format: str, scale: str, flags: int, align: int
     ) -> None:
         x_TD, weights_TK = x_TD.contiguous(), weights_TK.detach().contiguous()
         params = self._params("dispatch", x_TD.shape[1], arrived.moves, format, scale, x_TD.dtype)
-        _set(params, x=x_TD, weights=weights_TK, rows=arrived.rows_RD, row_weights=arrived.weights_R)
+        set_tensors(params, x=x_TD, weights=weights_TK, rows=arrived.rows_RD, row_weights=arrived.weights_R)
         if arrived.scales_RG is not None:
-            _set(params, scales=arrived.scales_RG)
+            set_tensors(params, scales=arrived.scales_RG)
         params.weights_type = onesided.WEIGHTS[weights_TK.dtype]
         params.capacity, params.flags, params.align = arrived.rows_RD.shape[0], flags, align
         num_tokens, chunk = x_TD.shape[0], self.map.chunk
-        of_block = _ceil(_ceil(num_tokens, chunk), self.budget.senders) * chunk
-        rows = num_tokens * min(self.size, self.map.top_k)
-        self._share_rows("moeweave_dispatch", params, self.budget.receivers, min(of_block, num_tokens), rows)
-        self._launch("moeweave_dispatch", params, x_TD.dtype, format, scale)
+        of_block = ceil_div(ceil_div(num_tokens, chunk), self.launcher.budget.senders) * chunk
+        rows = num_tokens * min(self.map.size, self.map.top_k)
+        self.launcher.share_rows("moeweave_dispatch", params, min(of_block, num_tokens), rows)
+        self.launcher.launch("moeweave_dispatch", params, x_TD.dtype, format, scale)
 
     def _outputs(
         self, x_TD: Tensor, moves: CudaMoves, capacity: int, format: str, scale: str, raw: bool
@@ -274,15 +224,13 @@ class CudaEngine:
             return CudaArrived(x_TD.new_empty(capacity, width), None, weights_R, moves)
         if format == "none" or width % 16:
             raise ValueError(f"raw rows need a codec and a width ({width}) that is a multiple of 16. Set raw=False.")
-        from moeweave.kernels_ext.quantize_rows import CODES
-
         scales_RG = x_TD.new_empty(capacity, num_scales(scale, width), dtype=torch.float32)
         return CudaArrived(x_TD.new_empty(capacity, width, dtype=CODES[format]), scales_RG, weights_R, moves)
 
     def _params(self, kind: str, width: int, moves: CudaMoves, format: str, scale: str, dtype: torch.dtype) -> Any:
         """Everything that an operation over `moves` is told, but its rows."""
-        params = self._base_copy(kind)
-        _set(
+        params = self.launcher.params(kind)
+        set_tensors(
             params, ids=moves.ids_TK, sent=moves.sent_TK, offsets=moves.offsets_e, route_row=moves.route_row,
             chunks=moves.chunks, tokens=moves.token,
         )  # fmt: skip
@@ -290,65 +238,8 @@ class CudaEngine:
         params.dim, params.row_stride = width, wire_width(format, scale, width, dtype)
         return params
 
-    def _share_rows(self, kernel: str, params: Any, blocks: int, sent: int, received: int) -> None:
-        """Warps that share a row: more than one where there are more warps than rows.
-
-        A sending block has `sent` rows, all receiving ones `received`; a part is no shorter than 512 bytes.
-        """
-        warps, most = onesided.THREADS[kernel] // 32, max(params.row_stride // 512, 1)
-        params.sender_parts = _divisor_below(warps, min(warps // max(sent, 1), most))
-        params.receiver_parts = _divisor_below(warps, min(blocks * warps // max(received, 1), most))
-
-    def _fixed_params(self) -> Any:
-        params = onesided.params_type()()
-        _set(params, peers=self._window.peers, state=self.state, report=self.report)
-        params.window = int(self._window.peers[self.rank])
-        local = self.map.num_local
-        # id * magic >> 32 is id / local for ids below 65536; 0 stands for 1 expert a rank.
-        magic = 0 if local == 1 else _ceil(1 << 32, local)
-        values = dict(
-            deadline=int(self.timeout * 1e9), at_abort=self.map.starts["abort"], at_meta=self.map.starts["meta"],
-            at_dots=self.map.starts["dots"], meta_stride=self.map.meta_bytes, rank=self.rank, world=self.size,
-            num_experts=self.map.num_experts, num_local=local, magic=ctypes.c_int32(magic).value,
-            max_tokens=self.map.max_tokens, chunk=self.map.chunk, num_chunks=self.map.num_chunks, align=1,
-            senders=self.budget.senders, receivers=self.budget.receivers, sender_parts=1, receiver_parts=1,
-            roles=SEND | RECEIVE,
-        )  # fmt: skip
-        for name, value in values.items():
-            setattr(params, name, value)
-        return params
-
-    def _base_copy(self, kind: str) -> Any:
-        params, starts = type(self._base).from_buffer_copy(self._base), self.map.starts
-        params.kind = onesided.OPERATIONS.index(kind)
-        for part in ("acks", "flags", "cells", "counts", "rows"):
-            if f"{kind}_{part}" in starts:
-                setattr(params, f"at_{part}", starts[f"{kind}_{part}"])
-        return params
-
-    def _launch(
-        self, kernel: str, params: Any, dtype: torch.dtype, format: str, scale: str, grid: int | None = None
-    ) -> None:
-        self.check()
-        stream = torch.cuda.current_stream(self.device)
-        if self.posted is not None and stream != self.stream:
-            stream.wait_event(self.posted)
-        module = onesided.kernels(dtype, format, scale, self.map.top_k, self.device.index or 0)
-        grid = self.budget.senders + self.budget.receivers if grid is None else grid
-        module.launch(kernel, grid, onesided.THREADS[kernel], params, shared_bytes=8 * self.map.num_experts)
-
     def _check_input(self, x_TD: Tensor, ids_TK: Tensor, format: str, scale: str) -> None:
-        width, bytes_of_row = x_TD.shape[1], wire_width(format, scale, x_TD.shape[1], x_TD.dtype)
-        if x_TD.dtype not in onesided.DTYPES:
-            raise ValueError(f"tokens ({x_TD.dtype}) must be bfloat16, float16 or float32. Use dispatcher='alltoall'.")
-        if width * x_TD.dtype.itemsize % 16:
-            raise ValueError(
-                f"width ({width}, {x_TD.dtype}) must fill a multiple of 16 bytes. Use dispatcher='alltoall'."
-            )
-        if bytes_of_row > self.map.row_bytes:
-            raise ValueError(
-                f"row of {bytes_of_row} bytes must fit the window's {self.map.row_bytes}. Make a wider window."
-            )
+        _check_row(x_TD, format, scale, self.map.row_bytes)
         if x_TD.shape[0] != ids_TK.shape[0] or x_TD.shape[0] > self.map.max_tokens:
             raise ValueError(
                 f"tokens ({x_TD.shape[0]}, ids of {ids_TK.shape[0]}) must be at most max_tokens "
@@ -361,15 +252,12 @@ class CudaEngine:
         return torch.empty(shape, dtype=torch.int32, device=self.device)
 
 
-def _set(params: Any, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        setattr(params, name, tensor.data_ptr())
-
-
-def _ceil(number: int, step: int) -> int:
-    return -(-number // step)
-
-
-def _divisor_below(number: int, most: int) -> int:
-    """Largest divisor of `number` that is at most `most`, or 1."""
-    return max((d for d in range(1, number + 1) if number % d == 0 and d <= most), default=1)
+def _check_row(rows: Tensor, format: str, scale: str, room: int) -> None:
+    """Raise ValueError unless the kernels take such rows, and `room` bytes of the window hold one."""
+    width, dtype = rows.shape[1], rows.dtype
+    if dtype not in onesided.DTYPES:
+        raise ValueError(f"rows ({dtype}) must be bfloat16, float16 or float32. Use dispatcher='alltoall'.")
+    if width * dtype.itemsize % 16:
+        raise ValueError(f"width ({width}, {dtype}) must fill a multiple of 16 bytes. Use dispatcher='alltoall'.")
+    if wire_width(format, scale, width, dtype) > room:
+        raise ValueError(f"width ({width}, {dtype}) must fit the window's rows of {room} bytes. Make a wider window.")

@@ -138,11 +138,11 @@ class OneSidedCudaDispatcher:
     @property
     def num_dropped(self) -> int:
         """Routes that found no room on this rank, over all dispatches that have ended."""
-        return self._opened().num_dropped
+        return self._opened().launcher.num_dropped
 
     def check(self) -> None:
         """Raise if an exchange has failed, one that a CUDA graph replayed too. Every call does so as well."""
-        self._opened().check()
+        self._opened().launcher.check()
 
     def _opened(self) -> CudaEngine:
         if self._engine is None:
@@ -211,18 +211,18 @@ def cuda_moves_of(layout: Layout) -> CudaMoves:
 def _posted(engine: CudaEngine, inputs: tuple[Tensor, ...], call: Callable[[], T]) -> Pending[T]:
     """`call` on the engine's stream, after what the current one holds; what it returns is joined at `wait`."""
     current = torch.cuda.current_stream(engine.device)
-    engine.stream.wait_stream(current)
-    with torch.no_grad(), torch.cuda.stream(engine.stream):
+    engine.launcher.stream.wait_stream(current)
+    with torch.no_grad(), torch.cuda.stream(engine.launcher.stream):
         result = call()
     for tensor in inputs:
-        tensor.record_stream(engine.stream)
-    done = engine.posted = engine.stream.record_event()
+        tensor.record_stream(engine.launcher.stream)
+    done = engine.launcher.posted = engine.launcher.stream.record_event()
 
     def finish() -> T:
         now = torch.cuda.current_stream(engine.device)
         now.wait_event(done)
-        if engine.posted is done:
-            engine.posted = None
+        if engine.launcher.posted is done:
+            engine.launcher.posted = None
         for tensor in _tensors_of(result):
             tensor.record_stream(now)
         return result

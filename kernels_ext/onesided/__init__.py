@@ -56,15 +56,15 @@ def params_type() -> type[ctypes.Structure]:
     return type("Params", (ctypes.Structure,), {"_fields_": _fields()})
 
 
-def defines(dtype: torch.dtype, format: str, scale: str, top_k: int) -> tuple[tuple[str, int], ...]:
+def defines(dtype: torch.dtype, codec: str, scale: str, top_k: int) -> tuple[tuple[str, int], ...]:
     """What the source is compiled for."""
-    group = GROUPS[scale] if format != "none" else 0
-    return ("MW_DTYPE", DTYPES[dtype]), ("MW_CODEC", CODECS[format]), ("MW_GROUP", group), ("MW_TOPK", top_k)
+    group = GROUPS[scale] if codec != "none" else 0
+    return ("MW_DTYPE", DTYPES[dtype]), ("MW_CODEC", CODECS[codec]), ("MW_GROUP", group), ("MW_TOPK", top_k)
 
 
-def kernels(dtype: torch.dtype, format: str, scale: str, top_k: int, device: int) -> nvrtc.Module:
-    """The kernels for rows of `dtype` that travel in a format of comm/codec.py."""
-    return nvrtc.load(source(), "onesided.cu", tuple(THREADS), defines(dtype, format, scale, top_k), device)
+def kernels(dtype: torch.dtype, codec: str, scale: str, top_k: int, device: int) -> nvrtc.Module:
+    """The kernels for rows of `dtype` that travel as `codec` and `scale` of comm/codec.py say."""
+    return nvrtc.load(source(), "onesided.cu", tuple(THREADS), defines(dtype, codec, scale, top_k), device)
 
 
 def supports(device: torch.device) -> str | None:

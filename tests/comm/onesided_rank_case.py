@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from moeweave.comm.engines_cuda import open_engine
-from moeweave.comm.onesided_cuda import Budget, CudaEngine, OneSidedError
+from moeweave.comm.onesided_cuda import CudaEngine
+from moeweave.comm.onesided_launch import Budget, OneSidedError
 from moeweave.comm.windows_cuda import SymmetricWindow, WindowMap
 from moeweave.kernels_ext.onesided import reference
 
@@ -44,7 +45,7 @@ def round_trips(engine: CudaEngine, rank: int, world: int, rounds: int, dies: bo
         arrived = engine.dispatch(xs[rank], ids[rank], weights[rank], capacity=None if number % 2 else 1000)
         y = engine.combine(arrived.rows_RD, arrived.weights_R, arrived.moves)
         torch.cuda.synchronize()
-        engine.check()
+        engine.launcher.check()
         rows = expected[rank][0]
         assert torch.equal(arrived.rows_RD[: len(rows)], rows)
         assert torch.equal(y, want[rank])

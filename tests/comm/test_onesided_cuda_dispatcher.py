@@ -1,4 +1,4 @@
-"""The dispatcher over CUDA engines, with its gradients: virtual ranks on one GPU against one autograd graph of all tokens.
+"""The dispatcher over CUDA engines, with its gradients: virtual ranks on one GPU against one autograd graph of all.
 
 Experts multiply a row by a vector of their own, so that gradients of rows, weights and experts are all of interest.
 """
@@ -13,19 +13,19 @@ from moeweave.comm.codec import Codec
 from moeweave.comm.dispatch import Dispatched
 from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDispatcher
 from moeweave.comm.engines_cuda import open_engine
-from moeweave.comm.onesided_cuda import Budget
+from moeweave.comm.onesided_launch import Budget
 from moeweave.kernels_ext.tolerance import assert_close, sqnr
-from test_onesided_cuda import Case, Inputs, from_virtual
+from onesided_cases import Case, Inputs
+from virtual_ranks import Streams, virtual_engines
 
 pytestmark = pytest.mark.gpu
 
 
 def dispatchers_of(case: Case, **options: object) -> list[OneSidedCudaDispatcher]:
-    virtual = from_virtual()
-    engines = virtual.virtual_engines(case.window)
+    engines = virtual_engines(case.window)
     made = []
     for each in engines:
-        engine = open_engine(each._window, case.window, timeout=10.0, budget=each.budget)
+        engine = open_engine(each.launcher.window, case.window, timeout=10.0, budget=each.launcher.budget)
         dispatcher = OneSidedCudaDispatcher(None, case.num_experts, "exact" if case.exact else "prereduced", **options)
         dispatcher._engine = engine
         made.append(dispatcher)
@@ -61,7 +61,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_against_one_graph(case: Case, posted: bool) -> None:
     room = case.world * case.max_tokens * case.top_k
-    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=room)), from_virtual().Streams(case.world)
+    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=room)), Streams(case.world)
     inputs, num_local = Inputs.of(case, 3), case.num_experts // case.world
     leaf = lambda t: t.detach().clone().requires_grad_()  # noqa: E731
     scales_ED = torch.rand(case.num_experts, case.width, device="cuda") + 0.5
@@ -98,13 +98,13 @@ def test_gradients_against_one_graph(case: Case, posted: bool) -> None:
         dispatchers[rank].check()
 
 
-@pytest.mark.parametrize("format, floor", [("fp8", 25.0), ("int8", 30.0)])
-def test_codec_on_all_four_exchanges(format: str, floor: float) -> None:
-    case = Case(format=format)
-    codec = Codec(dispatch=format, combine=format, dispatch_backward=format, combine_backward=format)
+@pytest.mark.parametrize("code, floor", [("fp8", 25.0), ("int8", 30.0)])
+def test_codec_on_all_four_exchanges(code: str, floor: float) -> None:
+    case = Case(format=code)
+    codec = Codec(dispatch=code, combine=code, dispatch_backward=code, combine_backward=code)
     dispatchers, streams = (
         dispatchers_of(case, options=CudaOptions(capacity=2000), codec=codec),
-        from_virtual().Streams(case.world),
+        Streams(case.world),
     )
     inputs = Inputs.of(case, 3)
     xs = [x.clone().requires_grad_() for x in inputs.xs]
@@ -119,7 +119,7 @@ def test_codec_on_all_four_exchanges(format: str, floor: float) -> None:
 
 def test_handle_is_reused() -> None:
     case = Case(routing="holes")
-    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=2000)), from_virtual().Streams(case.world)
+    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=2000)), Streams(case.world)
     inputs = Inputs.of(case, 1)
     once = streams.run(lambda r: dispatchers[r].dispatch(inputs.xs[r], inputs.ids[r], inputs.weights[r]))
     again = streams.run(

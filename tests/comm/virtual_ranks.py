@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moeweave.comm.onesided_cuda import Budget, CudaEngine
+from moeweave.comm.onesided_cuda import CudaEngine
+from moeweave.comm.onesided_launch import Budget
 from moeweave.comm.windows_cuda import WindowMap
 
 # Streams that share a hardware queue would run one after the other, and the first would wait for the second for ever.

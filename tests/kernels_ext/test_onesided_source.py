@@ -1,4 +1,4 @@
-"""The one-sided kernels as the compiler sees them: what they compile for, and the order of stores and signals in the PTX.
+"""The one-sided kernels as the compiler sees them: what they compile for, and the order of stores and signals.
 
 The PTX is read because the order cannot be tested: a missing barrier shows once in a million rounds.
 """

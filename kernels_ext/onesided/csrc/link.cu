@@ -58,7 +58,7 @@ struct Params {
 
 enum Role { SEND = 1, RECEIVE = 2 };
 enum Flag { CACHED = 1, RAW = 2, GRADIENT = 4, EXACT = 8, WEIGHTED = 16 };
-enum Wait { WAIT_ACK = 1, WAIT_COUNTS = 2, WAIT_ROWS = 3, WAIT_DOTS = 4, WAIT_ABORTED = 5 };
+enum Wait { WAIT_ACK = 1, WAIT_COUNTS = 2, WAIT_ROWS = 3, WAIT_DOTS = 4 };
 
 // u32 counters of a rank: two for all operations, then four per kind of operation.
 enum State { FAILED = 0, DROPPED = 1, KINDS = 8, SENT = 0, RECEIVED = 1, SENDERS_DONE = 2, RECEIVERS_DONE = 3 };
