@@ -92,15 +92,15 @@ def test_signals_come_after_the_stores_they_speak_of(case: tuple[torch.dtype, st
     assert wrong_orders(ptx) == []
 
 
+CHUNKS = "    const int chunks = (count + p.chunk - 1) / p.chunk;\n"
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     "before, after",
-    [
-        ("    const int chunks = (count + p.chunk - 1) / p.chunk;\n    __syncthreads();\n", "    const int chunks = (count + p.chunk - 1) / p.chunk;\n"),
-        ("fence.acq_rel.sys;\\n\\tst.relaxed", "st.relaxed"),
-    ],
-    ids=["no barrier", "no fence"],
-)  # fmt: skip
+    [(CHUNKS + "    __syncthreads();\n", CHUNKS), ("fence.acq_rel.sys;\\n\\tst.relaxed", "st.relaxed")],
+    ids=["barrier", "fence"],
+)
 def test_the_check_sees_a_missing(before: str, after: str) -> None:
     source = onesided.source()
     assert before in source
