@@ -47,13 +47,15 @@ class CudaOptions:
     """What only the CUDA dispatcher can be told.
 
     Attributes:
-        capacity: rows that a dispatch may bring to a rank; more are dropped and counted. None: as many as come, for
-            which the ranks exchange counts and the host waits.
+        capacity: rows that a dispatch may bring to a rank. None: as many as come, for which the ranks exchange counts
+            and the host waits.
+        drop: rows beyond the capacity are dropped and counted (`num_dropped`). Else, the next call or `check` raises.
         align: every expert's rows end at a multiple of this, zeros between.
         num_sms: multiprocessors that may hold the link. None: all.
     """
 
     capacity: int | None = None
+    drop: bool = False
     align: int = 1
     num_sms: int | None = None
 
@@ -105,6 +107,7 @@ class OneSidedCudaDispatcher:
         return self._dispatched(rows_RD, weights_R, CudaMoves(ids_TK, *rest), engine)
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
+        self.check()
         settings = self._settings(self._opened(), self.codec.for_combine)
         moves = list(cuda_moves_of(dispatched.handle))
         return cuda_combine(rows_RD, weights_TK, dispatched.weights_R, moves, *settings)
@@ -141,8 +144,13 @@ class OneSidedCudaDispatcher:
         return self._opened().launcher.num_dropped
 
     def check(self) -> None:
-        """Raise if an exchange has failed, one that a CUDA graph replayed too. Every call does so as well."""
+        """Raise if an exchange has failed or found no room, one that a CUDA graph replayed too. Calls do so as well."""
         self._opened().launcher.check()
+        if not self.options.drop and self.num_dropped:
+            raise RuntimeError(
+                f"capacity ({self.options.capacity}) must hold all rows that come: {self.num_dropped} found no room on "
+                "this rank. Raise CudaOptions.capacity, or drop them by CudaOptions(drop=True)."
+            )
 
     def _opened(self) -> CudaEngine:
         if self._engine is None:
@@ -165,6 +173,7 @@ class OneSidedCudaDispatcher:
                 back_bytes=max(row, widest), exact=self.exact,
             )  # fmt: skip
             self._engine = cuda_engine_of(self.group, window_map, x_TD.device, self.options.num_sms)
+        self.check()
         return self._engine
 
     def _most_tokens(self, x_TD: Tensor) -> int:

@@ -95,8 +95,9 @@ def make_dispatcher(
     """A dispatcher over `group` (None: this rank alone).
 
     Args:
-        name: "alltoall", "allgather", "onesided" (CPU ranks of one host), "ascend" (inference on NPUs), or "auto",
-            which picks one of the first three. Making "onesided" or "auto" is a collective over the group.
+        name: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each other),
+            "ascend" (inference on NPUs), or "auto", which picks one of the first three (on GPUs, of the first two).
+            Making "onesided" or "auto" is a collective over the group.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
         topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.

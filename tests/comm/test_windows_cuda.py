@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDispatcher
 from moeweave.comm.layout import Layout
 from moeweave.comm.onesided_cuda import CudaMoves
 from moeweave.comm.onesided_launch import ceil_div, divisor_below
@@ -72,6 +74,26 @@ def test_layout_of_windows_knows_sizes_and_no_counts() -> None:
     layout = Layout.of_windows(moves, 40, "engine")
     assert (layout.num_tokens, layout.top_k, layout.num_rows, layout.group) == (5, 3, 40, "engine")
     assert layout.slots is moves
+
+
+def dispatcher_that_dropped(routes: int, options: CudaOptions) -> OneSidedCudaDispatcher:
+    dispatcher = OneSidedCudaDispatcher(None, 4, options=options)  # type: ignore[arg-type]
+    dispatcher._engine = SimpleNamespace(launcher=SimpleNamespace(check=lambda: None, num_dropped=routes))
+    return dispatcher
+
+
+def test_rows_without_room_are_an_error_unless_dropping_was_asked_for() -> None:
+    with pytest.raises(RuntimeError, match=r"capacity \(8\) must hold all rows that come: 3 found no room"):
+        dispatcher_that_dropped(3, CudaOptions(capacity=8)).check()
+    dispatcher_that_dropped(0, CudaOptions(capacity=8)).check()
+    dropping = dispatcher_that_dropped(3, CudaOptions(capacity=8, drop=True))
+    dropping.check()
+    assert dropping.num_dropped == 3
+
+
+def test_a_combine_before_any_dispatch_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match="dispatch must come first"):
+        OneSidedCudaDispatcher(None, 4).check()  # type: ignore[arg-type]
 
 
 def test_a_device_without_the_kernels_is_told_why() -> None:
