@@ -17,7 +17,9 @@ from moeweave.comm.windows_cuda import CudaWindow, SymmetricWindow, WindowMap
 
 _NAMES = itertools.count()
 _NAMED: weakref.WeakValueDictionary[str, CudaEngine] = weakref.WeakValueDictionary()
-_OF_GROUP: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.WeakValueDictionary[WindowMap, CudaEngine]]
+_OF_GROUP: weakref.WeakKeyDictionary[
+    dist.ProcessGroup, weakref.WeakValueDictionary[tuple[WindowMap, int | None], CudaEngine]
+]
 _OF_GROUP = weakref.WeakKeyDictionary()
 
 
@@ -25,12 +27,12 @@ def cuda_engine_of(
     group: dist.ProcessGroup, window_map: WindowMap, device: torch.device, num_sms: int | None
 ) -> CudaEngine:
     """The engine of `group` for windows of this map; the first call is a collective that allocates them."""
-    engines = _OF_GROUP.setdefault(group, weakref.WeakValueDictionary())
-    engine = engines.get(window_map)
+    engines, key = _OF_GROUP.setdefault(group, weakref.WeakValueDictionary()), (window_map, num_sms)
+    engine = engines.get(key)
     if engine is None:
         window = SymmetricWindow(group, window_map, device)
         engine = open_engine(window, window_map, timeout=_timeout_of(group), budget=Budget.of(device, num_sms))
-        engines[window_map] = engine
+        engines[key] = engine
     return engine
 
 

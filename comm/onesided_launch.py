@@ -83,9 +83,11 @@ class Launcher:
     def share_rows(self, kernel: str, params: Any, sent: int, received: int) -> None:
         """Warps that share a row: more than one where there are more warps than rows.
 
-        A sending block has `sent` rows, all receiving ones `received`; a part is no shorter than 512 bytes.
+        A sending block has `sent` rows, all receiving ones `received`; a part is no shorter than 512 bytes, and the
+        parts of all slots are counted in 31 bits.
         """
-        warps, most = onesided.THREADS[kernel] // 32, max(params.row_stride // 512, 1)
+        slots = self.window_map.size * (self.window_map.max_tokens + onesided.MAX_CHUNK)
+        warps, most = onesided.THREADS[kernel] // 32, max(min(params.row_stride // 512, 2**31 // slots - 1), 1)
         params.sender_parts = divisor_below(warps, min(warps // max(sent, 1), most))
         params.receiver_parts = divisor_below(warps, min(self.budget.receivers * warps // max(received, 1), most))
 

@@ -201,6 +201,7 @@ DEVICE bool sum_token(const Params& p, int chunk, int token, int part, u32 epoch
     const u64 cell = p.window + p.at_cells + ((u64)(entry >> 24) * p.num_chunks + chunk) * 8;
     const bool here = entry < 0 || wait_for(p, cell, epoch, WAIT_ROWS, entry >> 24, &value);
     if (!__all_sync(ALL, here)) return false;
+    __syncwarp();  // what each lane acquired is now visible to the warp; a vote alone orders no memory
     bool routed = entry >= 0;
     int row = (entry >> 24) * p.max_tokens + (entry & 0xffffff);
     float weight = 1.f;

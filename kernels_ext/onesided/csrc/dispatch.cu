@@ -322,6 +322,7 @@ DEVICE bool receive_rows(const Params& p, const int* base_EW, int block, u32 epo
         const u64 cell = p.window + p.at_cells + ((u64)source * p.num_chunks + chunk) * 8;
         const bool here = lane != 0 || wait_for(p, cell, epoch, WAIT_ROWS, source, &value);
         if (!__shfl_sync(ALL, here, 0)) return false;
+        __syncwarp();  // what lane 0 acquired is now visible to the warp; a shuffle alone orders no memory
         int* kept = (int*)p.chunks + (i64)source * p.num_chunks + chunk;
         const int range = p.flags & CACHED ? *kept : (int)__shfl_sync(ALL, (u32)value, 0);
         if (!(p.flags & CACHED) && lane == 0 && nth == 0 && part == 0) *kept = range;
