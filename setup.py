@@ -50,7 +50,11 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["moeweave*"]),
-    package_data={"moeweave": ["py.typed"], "moeweave.configs": ["**/*.yaml"]},
+    package_data={
+        "moeweave": ["py.typed"],
+        "moeweave.configs": ["**/*.yaml"],
+        "moeweave.kernels_ext.onesided": ["csrc/*.cu"],
+    },
     install_requires=["torch>=2.11", "numpy", "hydra-core>=1.3", "matplotlib", "rich", "safetensors"],
     extras_require={
         "hf": HF,
