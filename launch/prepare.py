@@ -40,9 +40,7 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     if sizes.tp > 1:
         plan_of(built, blocks, sizes.tp)
     if sizes.pp > 1:
-        share_out(
-            [0] * len(layer_list(built, blocks)), Layout(parsed.schedule, sizes.pp).num_stages, 0, 0
-        )
+        share_out([0] * len(layer_list(built, blocks)), Layout(parsed.schedule, sizes.pp).num_stages, 0, 0)
     return built
 
 

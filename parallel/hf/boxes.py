@@ -82,7 +82,7 @@ def in_pieces(tensor: DTensor) -> bool:
 def gather_axes(tensor: DTensor, kept: Sequence[int] = ()) -> tuple[Box, torch.Tensor]:
     """What this rank holds once shards over all mesh axes but `kept` are gathered: one box and its numbers. Shards must
     be of one size. A collective of the mesh's ranks."""
-    mesh, placements, stacked = tensor.device_mesh, tensor.placements, tensor.detach().to_local()
+    mesh, placements, stacked = tensor.device_mesh, tensor.placements, tensor.to_local().detach()
     own = mesh.get_coordinate()
     assert own is not None, "this rank is not part of the mesh"
     axes = [axis for axis, one in enumerate(placements) if axis not in kept and not isinstance(one, Replicate)]
