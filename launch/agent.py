@@ -97,8 +97,9 @@ def _first(error: ChildFailedError, folder: Path) -> failure.Failure:
         message = message.get("message", message)
     log = folder / f"rank{rank}.stderr.log"
     said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    if not Path(first.error_file).exists() and said:
-        message = f"{_exception_in(said)} ({message})"
+    if not Path(first.error_file).exists():
+        how = f"killed by {first.signal_name()}" if first.exitcode < 0 else f"exit code {first.exitcode}"
+        message = f"{_exception_in(said)} ({how})" if said else how
     return failure.Failure(rank, str(message).strip(), "", int(first.timestamp * 1e9), str(log) if said else "")
 
 

@@ -15,16 +15,22 @@ def main() -> None:
     """`rank.py script.py arguments` or `rank.py -m module arguments`."""
     die_with(int(os.environ.pop("MOEWEAVE_AGENT")))
     words = sys.argv[1:]
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # this file's folder, which Python 3.11 leaves out where PYTHONSAFEPATH is set
     if words[0] == "-m":
+        _search(os.getcwd())  # noqa: PTH109
         sys.argv = words[1:]
-        if os.environ.get("PYTHONSAFEPATH"):
-            del sys.path[0]  # this file's folder
-        else:
-            sys.path[0] = os.getcwd()  # noqa: PTH109 (as `python -m` has it)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))  # noqa: PTH100, PTH120
+        _search(os.path.dirname(os.path.abspath(words[0])))  # noqa: PTH100, PTH120
+        sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _search(folder: str) -> None:
+    """Imports look into `folder` first, as when Python itself runs the module or script."""
+    if not os.environ.get("PYTHONSAFEPATH"):
+        sys.path.insert(0, folder)
 
 
 def die_with(parent: int) -> None:

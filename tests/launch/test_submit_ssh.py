@@ -67,7 +67,8 @@ def all_ready(folder: Path) -> bool:
 def test_a_model_trains_over_two_hosts_as_on_one_and_listens_only_between_them(hosts: TwoHosts, tmp_path):
     running = start("submit_cases", hosts.names[0], *TINY, "run.dir=two", *hosts.ssh_overrides(), cwd=tmp_path)
     listeners: set[tuple[str, int]] = set()
-    until(lambda: listeners.update(hosts.listeners()) or (tmp_path / "two/metrics.jsonl").exists(), 200)
+    ends = [tmp_path / "two/metrics.jsonl", tmp_path / "two/submit/0/result.json"]
+    until(lambda: listeners.update(hosts.listeners()) or any(path.exists() for path in ends), 200)
     listeners |= hosts.listeners()
     done = running.wait(120)
     assert (done.code, done.left) == (0, ()), done.out + done.err
