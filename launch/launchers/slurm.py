@@ -1,7 +1,7 @@
 """A Slurm cluster: one sbatch script, whose srun starts one agent on each node.
 
 Slurm sends the script USR1 some time before the job's end: at its time limit, and, where the cluster's
-PreemptParameters hold send_user_signal, before it is preempted. The script then ends the ranks by TERM and asks for the
+preemption is set to send_user_signal, before it is preempted. The script then ends the ranks by TERM and asks for the
 same job again; with resume=auto it goes on from the newest checkpoint. A job that the user cancels stays cancelled.
 """
 
@@ -112,11 +112,15 @@ class Slurm:
         return 0
 
     def status(self, submission: Submission) -> str:
+        """As the accounting has it; where there is none, as the controller remembers it for some minutes."""
         number = str(submission.state["id"])
         done = _run(["sacct", "-X", "-n", "-P", "-j", number, "-o", "JobID,State,ExitCode,Elapsed,NodeList"], "")
-        if done.returncode or not done.stdout.strip():
-            done = _run(["squeue", "-h", "-j", number, "-o", "%i|%T|%r|%M|%N"], "")
-        return done.stdout.strip() or f"job {number} is unknown to Slurm: {_last(done)}"
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
+        done = _run(["scontrol", "--oneliner", "show", "job", number], "")
+        wanted = ("JobId", "JobState", "Reason", "ExitCode", "Restarts", "RunTime", "NodeList")
+        words = [word for word in done.stdout.split() if word.partition("=")[0] in wanted]
+        return " ".join(words) or f"job {number} is unknown to Slurm: {_last(done)}"
 
     def logs(self, submission: Submission) -> str:
         return submission.logs()
@@ -144,7 +148,8 @@ class Slurm:
         return [*found, f"--signal=B:USR1@{self.grace_seconds}", *self.options]
 
     def _on_signals(self) -> list[str]:
-        stop = 'kill -TERM "$srun_pid" 2>/dev/null'
+        # To the agents, which give their ranks time; srun itself, given TERM, has them killed at once.
+        stop = 'scancel --signal=TERM "$SLURM_JOB_ID"'
         return ["again=", f"trap 'again=1; {stop}' USR1", f"trap '{stop}' TERM"]
 
     def _container(self, job: Job) -> list[str]:

@@ -91,13 +91,16 @@ def test_the_batch_script_ends_its_ranks_and_asks_again_only_on_slurms_own_signa
     tools("scontrol", "node-a")
     srun = tmp_path / "tools/srun"
     trap = "trap 'sleep 0.3; echo saved >saved; exit 7' TERM"
-    srun.write_text(f"#!/bin/bash\n{trap}\ntouch up\nwhile :; do sleep 0.05; done\n")
+    srun.write_text(f"#!/bin/bash\n{trap}\necho $$ >up\nwhile :; do sleep 0.05; done\n")
     srun.chmod(0o755)
+    scancel = tmp_path / "tools/scancel"
+    scancel.write_text('#!/bin/bash\n[ "$*" = "--signal=TERM 42" ] && kill -TERM "$(cat up)"\n')
+    scancel.chmod(0o755)
     script = Slurm().render(dataclasses.replace(JOB, directory=str(tmp_path)))
     variables = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node-[a-b]"}
     running = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=variables)
     deadline = time.monotonic() + 20
-    while not (tmp_path / "up").exists():
+    while not (tmp_path / "up").exists() or not (tmp_path / "up").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(how)
