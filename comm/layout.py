@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.onesided import Moves
+from moeweave.comm.onesided_cuda import CudaMoves
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Layout:
         route_R: gathered exchange only: int64, the route of each row, numbered (w * T_max + t) * K + k.
         max_tokens: gathered exchange only: int64 [1] on the host, T_max, the largest T of the group.
         slots: one-sided exchange only: where rows went in the windows.
+        num_rows: one-sided exchange on CUDA only: R, rows that there is room for.
     """
 
     order_N: Tensor
@@ -49,7 +51,15 @@ class Layout:
     group: str
     route_R: Tensor | None = None
     max_tokens: Tensor | None = None
-    slots: Moves | None = None
+    slots: Moves | CudaMoves | None = None
+    num_rows: int = 0
+
+    @classmethod
+    def of_windows(cls, moves: CudaMoves, num_rows: int, engine: str) -> Layout:
+        """Of an exchange that the host knows no counts of: everything is in `slots`, on the device."""
+        none = torch.empty(0, dtype=torch.int64)
+        (num_tokens, top_k), ends = moves.ids_TK.shape, moves.offsets_e
+        return cls(none, none, none, none, ends, num_tokens, top_k, engine, slots=moves, num_rows=num_rows)
 
     @property
     def moves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -144,7 +144,7 @@ class OneSidedDispatcher:
 
 def moves_of(layout: Layout) -> Moves:
     """The one-sided part of a layout."""
-    assert layout.slots is not None, "layout of another dispatcher"
+    assert isinstance(layout.slots, Moves), "layout of another dispatcher"
     return layout.slots
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from moeweave.comm.codec import Codec
@@ -14,6 +15,7 @@ from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
 from moeweave.comm.dispatchers.ascend import make_ascend
 from moeweave.comm.dispatchers.ascend_limits import AscendOptions
 from moeweave.comm.dispatchers.onesided import OneSidedDispatcher
+from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDispatcher
 from moeweave.comm.engines import shares_memory
 from moeweave.comm.topology import Topology
 
@@ -88,12 +90,14 @@ def make_dispatcher(
     coded_rows: bool = False,
     max_tokens: int | None = None,
     ascend: AscendOptions | None = None,
+    cuda: CudaOptions | None = None,
 ) -> TokenDispatcher:
     """A dispatcher over `group` (None: this rank alone).
 
     Args:
-        name: "alltoall", "allgather", "onesided" (CPU ranks of one host), "ascend" (inference on NPUs), or "auto",
-            which picks one of the first three. Making "onesided" or "auto" is a collective over the group.
+        name: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each other),
+            "ascend" (inference on NPUs), or "auto", which picks one of the first three (on GPUs, of the first two).
+            Making "onesided" or "auto" is a collective over the group.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
         topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.
@@ -103,6 +107,7 @@ def make_dispatcher(
         coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; inference.
         max_tokens: of any rank, for "onesided": its windows are sized once. None: they grow with the tokens.
         ascend: options of the dispatcher of that name, None for its defaults.
+        cuda: options of "onesided" between NVIDIA GPUs, None for its defaults.
 
     Raises:
         ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU, or with a
@@ -123,6 +128,10 @@ def make_dispatcher(
         return AllGatherDispatcher(group, num_experts, combine or "exact", codec=codec, coded_rows=coded_rows)
     if name == "onesided":
         combine = combine or COMBINES[name][0]
+        if group is not None and "nccl" in dist.get_backend_config(group):
+            return OneSidedCudaDispatcher(
+                group, num_experts, combine, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens, options=cuda
+            )
         return OneSidedDispatcher(
             group, num_experts, combine, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens
         )

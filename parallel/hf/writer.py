@@ -23,8 +23,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from moeweave.parallel.agreement import agree, everyones, rank
-from moeweave.parallel.hf.boxes import Box, box_slices, contains, local_pieces, placed_boxes, shift, whole
+from moeweave.parallel.agreement import CheckpointError, agree, everyones, rank
+from moeweave.parallel.hf.boxes import (
+    Box,
+    box_slices,
+    contains,
+    gather_axes,
+    in_pieces,
+    local_pieces,
+    placed_boxes,
+    shift,
+    whole,
+)
 from moeweave.parallel.hf.files import INDEX, WEIGHTS
 from moeweave.parallel.hf.lazy import LazySource, LazyTensor
 
@@ -97,6 +107,7 @@ def plan_layout(export: Export, max_bytes: int) -> Layout:
     keys = sorted(disk, key=lambda key: (max(order[name] for name in needs[key]), key))
     held = {name: held_boxes(tensor) for name, tensor in export.state.items()}
     holders = everyones(bytes(_can_write(disk[key], held) for key in keys))
+    havers = everyones(bytes(needs[key] <= export.state.keys() for key in keys))
     load = [0] * len(holders)
     own: list[list[str]] = [[] for _ in holders]
     gather_all: set[str] = set()
@@ -104,7 +115,10 @@ def plan_layout(export: Export, max_bytes: int) -> Layout:
         able = [r for r, mask in enumerate(holders) if mask[at]]
         if not able:
             gather_all |= needs[key]
-            able = list(range(len(holders)))
+            # Under pp a parameter is on the ranks of one stage.
+            able = [r for r, mask in enumerate(havers) if mask[at]]
+            if not able:
+                raise CheckpointError(f"{key} is made of parameters of several pipeline stages: {sorted(needs[key])}.")
         writer = min(able, key=lambda r: load[r])
         load[writer] += _bytes(disk[key])
         own[writer].append(key)
@@ -173,6 +187,8 @@ def gathered(tensor: Tensor, all_axes: bool) -> list[tuple[Box, Tensor]]:
     A collective of the ranks of its mesh."""
     tensor = tensor.detach()
     kept = _ep_axes(tensor)
+    if isinstance(tensor, DTensor) and in_pieces(tensor):
+        return [gather_axes(tensor, () if all_axes else kept)]
     if isinstance(tensor, DTensor):
         if kept:
             tensor = tensor.redistribute(placements=_gathered_placements(tensor, kept))
