@@ -33,6 +33,7 @@ from moeweave.moe.layer import accumulate, unflatten
 from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.span import current_span
 from moeweave.parallel.token_shares import TokenShares
 
 # (slice [e, ...], first expert of the slice, number of experts in it) -> the slice with an adapter's update.
@@ -127,22 +128,25 @@ class ExpertCall:
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         ids_TK, weights_TK = self._routes(ids_TK, weights_TK)
         num_tokens = x_TD.shape[0]
-        if self.shares is not None:
-            start, end = self.shares.bounds(num_tokens)
-            x_TD, ids_TK, weights_TK = self.shares.take(x_TD), ids_TK[start:end], self.shares.take(weights_TK)
+        span = current_span()
+        # Under tp_sequence a tp rank has tokens of its own already.
+        shares = self.shares if span is None or span.tp is None else None
+        if shares is not None:
+            start, end = shares.bounds(num_tokens)
+            x_TD, ids_TK, weights_TK = shares.take(x_TD), ids_TK[start:end], shares.take(weights_TK)
         dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
         y_TD = self.dispatcher.combine(rows_RD, weights_TK, dispatched)
         y_TD = y_TD.to(hidden.dtype)
-        if self.shares is not None:
-            y_TD = self.shares.join(y_TD, num_tokens)
+        if shares is not None:
+            y_TD = shares.join(y_TD, num_tokens)
         return unflatten(y_TD, hidden.shape)
 
     def _routes(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights in the dispatcher's convention (-1 is not routed), counted, capacity applied."""
         num_experts = self.block.num_experts
         ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1]).to(torch.int64)
-        weights_TK = weights_TK.reshape(ids_TK.shape[0], -1)
+        weights_TK = weights_TK.reshape(ids_TK.shape[0], -1 if ids_TK.shape[0] else ids_TK.shape[1])
         if weights_TK.shape[1] != ids_TK.shape[1]:
             weights_TK = weights_TK.gather(1, ids_TK.clamp(0, num_experts - 1))
         if self.masked:

@@ -21,6 +21,7 @@ from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout
+from moeweave.parallel.sequence import SequenceSharing, install_sequence, shares_sequence
 from moeweave.parallel.stages import Cut, cut_model
 from moeweave.parallel.tensor import apply_tensor_parallel
 
@@ -32,7 +33,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
 
     Numbered as they happen:
         1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
-        2. split attention, MLPs, embeddings and head over `tp`, if there is such an axis
+        2. split attention, MLPs, embeddings and head over `tp`, share sequences over `sp`, if there are such axes
         3. keep this rank's experts (DTensors over `ep`); dispatch, experts, combine take the place of the experts' call
         4. checkpoint activations if the plan says so
         5. shard or replicate the rest over the data ranks
@@ -65,9 +66,11 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         mesh.sizes.check_experts(block.num_experts, block.path)
         check_codec_width(block, plan)
     _refuse_with_tp(model, mesh, plan)
+    _refuse_with_sequence(mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
+    sharing = SequenceSharing(model, blocks, mesh, plan) if shares_sequence(mesh, plan) else None
     layout = Layout(plan.schedule, mesh.sizes.pp)
     cut = _cut(model, blocks, mesh, plan, layout) if mesh.sizes.pp > 1 else None
     if cut is not None:
@@ -76,12 +79,16 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         model.to(mesh.device)
 
     if mesh.sizes.tp > 1:
-        apply_tensor_parallel(model, blocks, mesh.dense["tp"])
+        shards = sharing.layers if sharing is not None and plan.tp_sequence else None
+        apply_tensor_parallel(model, blocks, mesh.dense["tp"], shards)
     calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     record = Record(mesh, plan, blocks, calls, layers, top_k, _aux_coef(model))
     # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
     core = base_model(model)
+    if sharing is not None:
+        record.sequence = sharing
+        install_sequence(core, sharing, record)
     if plan.recompute:
         homes = [model.get_submodule(block.block_path) for block in blocks]
         apply_recompute(core, repeated_blocks(core, blocks) or homes)
@@ -161,12 +168,20 @@ def _refuse_with_tp(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
         raise ValueError(f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split.")
 
 
+def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
+    if shares_sequence(mesh, plan) and plan.aux != "global":
+        raise ValueError(
+            f"Plan.aux ({plan.aux!r}) must be 'global' where ranks share sequences: sp ({mesh.sizes.sp}), tp_sequence "
+            f"({plan.tp_sequence})."
+        )
+
+
 def check_axes(sizes: MeshSizes) -> None:
     """Raise ValueError for an axis that `parallelize` does not spread models over."""
-    for axis in ("sp", "etp"):
-        size = getattr(sizes, axis)
-        if size > 1:
-            raise ValueError(f"{axis} ({size}) must be 1: parallelize composes pp, dp, dp_replicate, tp and ep.")
+    if sizes.etp > 1:
+        raise ValueError(f"etp ({sizes.etp}) must be 1: parallelize composes pp, dp, dp_replicate, sp, tp and ep.")
+    if sizes.sp > 1 and sizes.pp > 1:
+        raise ValueError(f"sp ({sizes.sp}) must be 1 with pp ({sizes.pp}). Set one to 1.")
     if sizes.tp > 1 and sizes.pp > 1:
         raise ValueError(f"tp ({sizes.tp}) must be 1 with pp ({sizes.pp}): stages cannot be split yet. Set one to 1.")
 

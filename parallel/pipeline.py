@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
+from moeweave.parallel import aux_loss as aux_losses
 from moeweave.parallel import loss as losses
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout, make_schedule
@@ -92,7 +93,7 @@ class Pipeline:
         self.share = 1.0 / count if num_items is None else 1.0
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
         self.parts = [{**part, **extra} for part in parts]
-        self.aux_on = self.num_experts > 0 and losses.balances(self.model, batch)
+        self.aux_on = self.num_experts > 0 and aux_losses.balances(self.model, batch)
         if self.aux_on and any(block.router_path is None for block in record.blocks):
             raise ValueError(
                 "pp computes the balance loss from the routers' outputs, and this model has experts whose router was "
@@ -169,13 +170,13 @@ class Pipeline:
         sums = None
         if logits is not None:
             sums = args[1] if stage else torch.zeros(2 * self.num_experts + 1, device=self.record.mesh.device)
-            sums = losses.balance_sums(logits, batch.get("attention_mask"), self.record.top_k, sums)
+            sums = aux_losses.balance_sums(logits, batch.get("attention_mask"), self.record.top_k, sums)
             sums = sums if sums.requires_grad else sums.requires_grad_()
         if not last:
             return sent if sums is None else (sent, sums)
         loss = losses.loss_of(output) * self.share
         if sums is not None:
-            aux = losses.balance_loss(sums, self.record)
+            aux = aux_losses.balance_loss(sums, self.record)
             loss = loss + self.record.aux_coef * aux / len(self.parts)
         return loss.reshape(1)
 
