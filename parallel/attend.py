@@ -46,8 +46,15 @@ def attend_ulysses(
             options[name] = span.whole[name]
         else:
             _refuse_tensor(module, name, option)
-    groups = {"num_key_value_groups": query.shape[1] // keys.shape[1]}
-    with shadowed(module, groups if hasattr(module, "num_key_value_groups") else {}):
+    own: dict[str, Any] = {
+        name: heads_of(param, 0, comm)
+        for name, param in module.named_parameters(recurse=False)
+        if param.shape[0] == num_heads
+    }
+    if hasattr(module, "num_key_value_groups"):
+        own["num_key_value_groups"] = query.shape[1] // keys.shape[1]
+    # Functions read these of the module: one value a head (sinks), and query heads a key head.
+    with shadowed(module, own):
         out, _ = inner(module, query, keys, values, mask, **options)
     return to_positions(out, span.sp), None
 

@@ -24,7 +24,11 @@ def balances(model: nn.Module, batch: dict[str, Any]) -> bool:
     if "output_router_logits" not in inspect.signature(model.forward).parameters:
         return False
     asked = batch.get("output_router_logits")
-    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
+    config: Any = model.config
+    if asked is None:
+        owner = config if hasattr(config, "output_router_logits") else config.get_text_config()
+        asked = getattr(owner, "output_router_logits", False)
+    return bool(asked)
 
 
 def sums_over_ranks(record: Record) -> bool:

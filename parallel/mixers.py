@@ -102,6 +102,15 @@ def _check_parts(path: str, module: Any) -> None:
             )
 
 
+def refuse_own_parameters(path: str, module: nn.Module) -> None:
+    """Raise UnsupportedModel for what the attention function itself may read and ring attention does not compute."""
+    if own := [name for name, _ in module.named_parameters(recurse=False)]:
+        raise UnsupportedModel(
+            f"{path} ({type(module).__name__}) has {', '.join(own)}, which Plan(sequence='ring') does not compute. Use "
+            "Plan(sequence='ulysses'), or set sp=1."
+        )
+
+
 def num_heads(module: Any) -> int | None:
     """Query heads of an attention module, as it or its config says."""
     for owner in (module, getattr(module, "config", None)):

@@ -32,7 +32,7 @@ from moeweave.parallel.attend import answer_plain_attention, attend_ring, attend
 from moeweave.parallel.aux_loss import add_balance_loss, balances
 from moeweave.parallel.hf.attention import cache_of, fills_by_shards, gather_cache, masks_by_block, route_attention
 from moeweave.parallel.mesh import Mesh
-from moeweave.parallel.mixers import attentions_of, layers_of, num_heads
+from moeweave.parallel.mixers import attentions_of, layers_of, num_heads, refuse_own_parameters
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.shards import Shards
 from moeweave.parallel.span import Span, current_span, spanning
@@ -68,7 +68,9 @@ class SequenceSharing:
         attend = {"ulysses": attend_ulysses, "ring": attend_ring}[self.plan.sequence]
         for path, module in attentions.items() if self.sp.size > 1 else ():
             heads = num_heads(module)
-            if heads is not None and self.plan.sequence == "ulysses":
+            if self.plan.sequence == "ring":
+                refuse_own_parameters(path, module)
+            elif heads is not None:
                 check_heads(heads, path, self.mesh.sizes.sp, self.mesh.sizes.tp)
             config = route_attention(path, module, attend)
             if not any(config is each for each in self.configs):
@@ -143,6 +145,8 @@ def _cut_arguments(names: list[str], first: bool, layer: nn.Module, args: Any, k
         return None
     named = [*zip(names, args, strict=False), *kwargs.items()]
     hidden = named[0][0]
+    for name, value in named[1:]:
+        span.check_argument(type(layer).__name__, name, value)
     cut = {name: value if name == hidden else span.argument(name, value) for name, value in named}
     if first:
         cut[hidden] = span.enter(cut[hidden])

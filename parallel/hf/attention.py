@@ -59,9 +59,11 @@ def route_attention(path: str, module: Any, attend: Attend) -> Any:
     return config
 
 
-def _call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+def _call(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
     attend, inner = vars(module)["_moeweave_attend"]
-    return attend(module, inner, query, key, value, mask, *args, **kwargs)
+    return attend(module, inner, query, key, value, attention_mask, *args, **kwargs)
 
 
 class FunctionMask:
