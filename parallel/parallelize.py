@@ -119,9 +119,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
 def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layout: Layout) -> Cut:
     if base_model(model) is not model:
         raise ValueError("pp does not cut models that peft wraps. Set pp=1, or merge_and_unload() the adapters.")
-    if mesh.data_size > 1 and plan.data == "ddp":
+    if mesh.loss_size > 1 and plan.data == "ddp":
         raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
-    if layout.splits_backward and (mesh.data_size > 1 or plan.dtype is not None):
+    if layout.splits_backward and (mesh.loss_size > 1 or plan.dtype is not None):
         raise ValueError(
             f"Plan.schedule ({plan.schedule!r}) computes gradients of weights past the hooks that reduce them over "
             "data ranks. Use '1f1b', 'gpipe' or 'interleaved', or one data rank and no Plan.dtype."
@@ -145,7 +145,7 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
 def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
     """One weight in two units that are sharded apart would become two, without a word."""
     apart = [block.experts for block in blocks] if splits_tokens(mesh) else []
-    if plan.data == "fsdp2" and mesh.data_size > 1:
+    if plan.data == "fsdp2" and mesh.loss_size > 1:
         apart = repeated_blocks(model, blocks) + apart
     unit_of = {id(module): index for index, unit in enumerate(apart) for module in unit.modules()}
     home: dict[int, tuple[str, int]] = {}
@@ -180,8 +180,6 @@ def check_axes(sizes: MeshSizes) -> None:
     """Raise ValueError for an axis that `parallelize` does not spread models over."""
     if sizes.etp > 1:
         raise ValueError(f"etp ({sizes.etp}) must be 1: parallelize composes pp, dp, dp_replicate, sp, tp and ep.")
-    if sizes.sp > 1 and sizes.pp > 1:
-        raise ValueError(f"sp ({sizes.sp}) must be 1 with pp ({sizes.pp}). Set one to 1.")
     if sizes.tp > 1 and sizes.pp > 1:
         raise ValueError(f"tp ({sizes.tp}) must be 1 with pp ({sizes.pp}): stages cannot be split yet. Set one to 1.")
 

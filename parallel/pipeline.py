@@ -103,14 +103,27 @@ class Pipeline:
             layer.aux_share = 1.0 / count
         token = losses.begin_step(labels, count, {key: value / count for key, value in known.items()})
         try:
-            total = self._step(count, ids.shape[0] // count, ids.shape[1])
+            total = self._step(count, ids.shape[0] // count, self._held(*ids.shape))
         finally:
             losses.end_step(token)
             self.parts = []
             for layer in record.layers:
                 layer.aux_share = 1.0
         dist.all_reduce(total)
-        return total / record.mesh.data_size
+        return total / record.mesh.loss_size
+
+    def _held(self, rows: int, length: int) -> int:
+        """Positions that go between this rank's stages."""
+        sharing = self.record.sequence
+        return length if sharing is None else int(sharing.span(rows, length).held)
+
+    def _mask(self, batch: Step) -> Tensor | None:
+        """Attention mask of the tokens that this rank routes."""
+        mask, sharing = batch.get("attention_mask"), self.record.sequence
+        if mask is None or mask.dim() != 2 or sharing is None:
+            return mask
+        tokens: Tensor = sharing.span(*mask.shape).tokens(mask)
+        return tokens
 
     def _step(self, count: int, rows: int, width: int) -> Tensor:
         key = (count, rows, width, self.aux_on)
@@ -170,7 +183,7 @@ class Pipeline:
         sums = None
         if logits is not None:
             sums = args[1] if stage else torch.zeros(2 * self.num_experts + 1, device=self.record.mesh.device)
-            sums = aux_losses.balance_sums(logits, batch.get("attention_mask"), self.record.top_k, sums)
+            sums = aux_losses.balance_sums(logits, self._mask(batch), self.record.top_k, sums)
             sums = sums if sums.requires_grad else sums.requires_grad_()
         if not last:
             return sent if sums is None else (sent, sums)

@@ -36,6 +36,7 @@ from moeweave.parallel.mixers import attentions_of, layers_of, num_heads, refuse
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.shards import Shards
 from moeweave.parallel.span import Span, current_span, spanning
+from moeweave.parallel.stages import Hole
 from moeweave.parallel.ulysses import check_heads
 
 
@@ -94,15 +95,19 @@ class SequenceSharing:
         rows, length = ids.shape[:2]
         if length == 1 and not torch.is_grad_enabled():
             return None
+        return self.span(rows, length, joined=not (record.splits_loss and given.get("labels") is not None))
+
+    def span(self, rows: int, length: int, joined: bool = False) -> Span:
+        """How sequences of `length` positions are shared out."""
         sp = Shards(length, self.sp, zigzag=self.plan.sequence == "ring")
-        tp = None if self.tp is None else Shards(sp.held, self.tp)
-        joined = record.pipeline is None and not (record.splits_loss and given.get("labels") is not None)
-        return Span(rows, sp, tp, joined)
+        return Span(rows, sp, None if self.tp is None else Shards(sp.held, self.tp), joined)
 
 
 def install_sequence(model: Any, sharing: SequenceSharing, record: Any) -> None:
     """Make every forward pass of `model` a shared one."""
     for layer in sharing.layers:
+        if isinstance(layer, Hole):
+            continue
         names = list(inspect.signature(type(layer).forward).parameters)[1:]
         hook = functools.partial(_cut_arguments, names, layer is sharing.layers[0])
         layer.register_forward_pre_hook(hook, with_kwargs=True)

@@ -73,6 +73,11 @@ class Span:
         self.whole[name] = value
         return self.sp.take(value, dim)
 
+    @property
+    def held(self) -> int:
+        """Positions of a sequence whose tokens this rank routes."""
+        return self.sp.held if self.tp is None else self.tp.held
+
     def tokens(self, per_token: Tensor) -> Tensor:
         """[B, S] -> of the tokens that this rank routes."""
         mine = self.sp.take(per_token, 1)
