@@ -20,6 +20,7 @@ from moeweave.parallel.hf.build import SIZES, build_model
 from moeweave.parallel.mesh import MeshSizes
 from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.sequence import check_sequence, shares_sequence
 from moeweave.parallel.suggest import Hardware, Suggestion, suggest
 
 EXAMPLES = """\
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_axes(sizes)
         for block in blocks:
             sizes.check_experts(block.num_experts, block.path)
+        if shares_sequence(sizes, plan):
+            check_sequence(model, blocks, sizes, plan)
         suggestions = _suggest(model, arguments) if arguments.world else []
     except ValueError as error:
         print(f"moeweave-inspect: refused: {error}", file=sys.stderr)

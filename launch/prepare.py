@@ -17,6 +17,7 @@ from moeweave.parallel.hf.build import build_model
 from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.schedules import Layout
+from moeweave.parallel.sequence import check_sequence, shares_sequence
 
 
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
@@ -31,6 +32,8 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     for block in blocks:
         mesh.sizes().check_experts(block.num_experts, block.path)
         check_codec_width(block, parsed)
+    if shares_sequence(mesh.sizes(), parsed):
+        check_sequence(built, blocks, mesh.sizes(), parsed)
     return built
 
 

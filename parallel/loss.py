@@ -1,8 +1,8 @@
 """One true loss over ranks with different batches.
 
 Hugging Face models average over the labels of the batch they are given. Over ranks it must be the global batch's: the
-sum over a rank's labels is divided by the mean number of labels a rank (`global_tokens`, passed as `num_items_in_batch`),
-so that the mean over ranks is the mean over all labels. Their balance loss is made global in `aux_loss.py`.
+sum over a rank's labels is divided by the mean number of labels a rank (`global_tokens`, as `num_items_in_batch`), so
+that the mean over ranks is the mean over all labels. Their balance loss is made global in `aux_loss.py`.
 
 Legend: B sequences, S positions.
 """

@@ -114,8 +114,8 @@ class Mesh:
         loss_group, loss_size: the ranks over whose losses the global one is the mean (dp_replicate x dp x sp).
         token_group: all ranks whose experts see different tokens (dp_replicate x dp x sp x tp).
         copies_group: all ranks that hold the same experts as this one (dp_replicate x edp).
-        shard_mesh: over which FSDP shards dense parameters: dp_shard and sp as one axis, behind dp_replicate if there is
-            one.
+        shard_mesh: over which FSDP shards dense parameters: dp_shard and sp as one axis, behind dp_replicate where
+            there is one.
         data_rank, data_size: which part of the data this rank feeds, of how many. Ranks that share a batch (tp, sp, pp)
             have the same data_rank and are fed the same whole batch.
 

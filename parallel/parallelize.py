@@ -70,7 +70,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
-    sharing = SequenceSharing(model, blocks, mesh, plan) if shares_sequence(mesh, plan) else None
+    sharing = SequenceSharing(model, blocks, mesh, plan) if shares_sequence(mesh.sizes, plan) else None
     layout = Layout(plan.schedule, mesh.sizes.pp)
     cut = _cut(model, blocks, mesh, plan, layout) if mesh.sizes.pp > 1 else None
     if cut is not None:
@@ -169,7 +169,7 @@ def _refuse_with_tp(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
 
 
 def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
-    if shares_sequence(mesh, plan) and plan.aux != "global":
+    if shares_sequence(mesh.sizes, plan) and plan.aux != "global":
         raise ValueError(
             f"Plan.aux ({plan.aux!r}) must be 'global' where ranks share sequences: sp ({mesh.sizes.sp}), tp_sequence "
             f"({plan.tp_sequence})."

@@ -48,8 +48,8 @@ class Plan:
             three with two stages a rank).
         sequence: how attention sees the whole of a sequence that `sp` ranks share: "ulysses" (all-to-all, each rank has
             all positions of some heads) or "ring" (keys and values go round; any number of heads).
-        tp_sequence: with tp > 1, `tp` ranks share out the positions of a sequence between attention and MLPs (Megatron's
-            sequence parallelism): norms, routers and experts run on a rank's own tokens.
+        tp_sequence: with tp > 1, `tp` ranks share out the positions of a sequence between attention and MLPs
+            (Megatron's sequence parallelism): norms, routers and experts run on a rank's own tokens.
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
 
     Raises:

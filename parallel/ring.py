@@ -8,8 +8,8 @@ float32 with plain matrix products, at most `TILE` queries at a time; no dropout
 Worked example of a merge, one query: block 1 gives value 2 with log-sum-exp 0, block 2 gives 5 with ln 2; together
 (1 * 2 + 2 * 5) / 3 = 4 with ln 3.
 
-Legend: B rows, H query heads, K key heads, G = H / K, S positions of the whole sequence, s of this rank, n queries and m
-keys of a block, d and e widths of keys and values, W ranks.
+Legend: B rows, H query heads, K key heads, G = H / K, S positions of the whole sequence, s of this rank, n queries and
+m keys of a block, d and e widths of keys and values, W ranks.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.attend import answer_plain_attention, attend_ring, attend_ulysses
 from moeweave.parallel.aux_loss import add_balance_loss, balances
 from moeweave.parallel.hf.attention import cache_of, fills_by_shards, gather_cache, masks_by_block, route_attention
-from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.mixers import attentions_of, layers_of, num_heads, refuse_own_parameters
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.shards import Shards
@@ -40,9 +40,25 @@ from moeweave.parallel.stages import Hole
 from moeweave.parallel.ulysses import check_heads
 
 
-def shares_sequence(mesh: Mesh, plan: Plan) -> bool:
+def shares_sequence(sizes: MeshSizes, plan: Plan) -> bool:
     """Whether ranks hold different positions of one sequence."""
-    return mesh.sizes.sp > 1 or (plan.tp_sequence and mesh.sizes.tp > 1)
+    return sizes.sp > 1 or (plan.tp_sequence and sizes.tp > 1)
+
+
+def check_sequence(model: nn.Module, blocks: list[MoEBlock], sizes: MeshSizes, plan: Plan) -> dict[str, nn.Module]:
+    """The attention modules of layers that can share sequences, by path. Nothing is started or changed.
+
+    Raises:
+        UnsupportedModel: no list of layers; something in them mixes positions that cannot be shared.
+        ValueError: heads that sp does not divide, under "ulysses".
+    """
+    attentions = attentions_of(model, layers_of(model, blocks), blocks)
+    for path, module in attentions.items() if sizes.sp > 1 else ():
+        if plan.sequence == "ring":
+            refuse_own_parameters(path, module)
+        elif (heads := num_heads(module)) is not None:
+            check_heads(heads, path, sizes.sp, sizes.tp)
+    return attentions
 
 
 class SequenceSharing:
@@ -55,8 +71,8 @@ class SequenceSharing:
     """
 
     def __init__(self, model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
+        attentions = check_sequence(model, blocks, mesh.sizes, plan)
         self.layers = layers_of(model, blocks)
-        attentions = attentions_of(model, self.layers, blocks)
         self.mesh, self.plan = mesh, plan
         self.is_plain = not attentions
         self.sp = Communicator(mesh.group("sp") if mesh.sizes.sp > 1 else None)
@@ -68,11 +84,6 @@ class SequenceSharing:
     def _share_attention(self, attentions: dict[str, nn.Module]) -> None:
         attend = {"ulysses": attend_ulysses, "ring": attend_ring}[self.plan.sequence]
         for path, module in attentions.items() if self.sp.size > 1 else ():
-            heads = num_heads(module)
-            if self.plan.sequence == "ring":
-                refuse_own_parameters(path, module)
-            elif heads is not None:
-                check_heads(heads, path, self.mesh.sizes.sp, self.mesh.sizes.tp)
             config = route_attention(path, module, attend)
             if not any(config is each for each in self.configs):
                 self.configs.append(config)
@@ -85,8 +96,10 @@ class SequenceSharing:
         cache = cache_of(given)
         if torch.is_grad_enabled():
             if cache is not None:
-                raise ValueError("Sequences that ranks share are trained without a key-value cache. Pass use_cache=False.")
-        elif given.get("use_cache") and cache is None or (cache is not None and not fills_by_shards(cache)):
+                raise ValueError(
+                    "Sequences that ranks share are trained without a key-value cache. Pass use_cache=False."
+                )
+        elif (given.get("use_cache") and cache is None) or (cache is not None and not fills_by_shards(cache)):
             return None
         ids = given.get("input_ids")
         ids = given.get("inputs_embeds") if ids is None else ids

@@ -70,6 +70,4 @@ def _exchange(tensors: list[Tensor], comm: Communicator) -> list[Tensor]:
     flat = torch.cat([x.flatten(1) for x in tensors], dim=1)
     received = all_to_all_single_autograd(flat.contiguous(), None, None, comm.group)
     ends = accumulate((x[0].numel() for x in tensors), initial=0)
-    return [
-        received[:, start:stop].view(x.shape) for x, (start, stop) in zip(tensors, pairwise(ends), strict=True)
-    ]
+    return [received[:, start:stop].view(x.shape) for x, (start, stop) in zip(tensors, pairwise(ends), strict=True)]

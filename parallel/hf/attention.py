@@ -1,7 +1,7 @@
 """The attention of Hugging Face models, by the registry that all of them look their attention function up in.
 
 An attention module is one whose forward reads `ALL_ATTENTION_FUNCTIONS`. It is given a function of its own there, under
-a name that ends in the one it had ("moeweave_sdpa"), so that code which asks for a kind of attention sees the same kind.
+a name that ends in the one it had ("moeweave_sdpa"), so that code which asks for a kind of attention sees the same one.
 The model's masks are made by the registry of masks, under the same name, where they are wanted block by block.
 """
 
@@ -96,8 +96,8 @@ def _describe(**options: Any) -> FunctionMask:
 
     if "q_length" not in options:
         raise UnsupportedModel(
-            "Plan(sequence='ring') needs masks by q_length and q_offset, which this transformers does not have. Install "
-            "a newer one, or use Plan(sequence='ulysses')."
+            "Plan(sequence='ring') needs masks by q_length and q_offset, which this transformers does not have. "
+            "Install a newer one, or use Plan(sequence='ulysses')."
         )
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     own = {name: value for name, value in options.items() if name not in _PLACE}

@@ -195,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, kind):
         (["mesh.dp=6", "mesh.ep=4", "batch_size=12"], "ep can be 1, 2, 3, 6"),
         (["mesh.dp=16", "mesh.ep=16", "batch_size=16"], "ep (16) must divide the number of experts (8)"),
         (["mesh.pp=2"], "microbatches (1) must be at least 2"),
-        (["mesh.sp=2"], "sp (2) must be 1"),
+        (["mesh.sp=3"], "sp (3) must divide the 4 heads of model.layers.0.self_attn under Plan(sequence='ulysses')"),
         (["data.path=nowhere.txt"], "data.path=nowhere.txt: no such file"),
         (["model=qwen3_mo"], "Nearest: qwen3_moe"),
         (["model=nowhere/config.json"], "does not exist"),
