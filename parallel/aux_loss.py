@@ -31,6 +31,15 @@ def balances(model: nn.Module, batch: dict[str, Any]) -> bool:
     return bool(asked)
 
 
+def check_routers(record: Record) -> None:
+    """Raise ValueError unless the router of all experts was found: the balance loss is made of what routers return."""
+    if unknown := [block.path for block in record.blocks if block.router_path is None]:
+        raise ValueError(
+            "The balance loss under pp, sp and tp_sequence is computed from the routers' outputs, and no router was "
+            f"found for {', '.join(unknown)}. Set output_router_logits=False."
+        )
+
+
 def sums_over_ranks(record: Record) -> bool:
     """Whether balance losses see more than this rank's tokens."""
     return record.plan.aux == "global" and record.routing_group.size() > 1

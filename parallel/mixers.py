@@ -94,8 +94,9 @@ def _refuse_mixer(path: str, module: nn.Module) -> None:
 def _check_parts(path: str, module: Any) -> None:
     """Attention may hold projections and norms; anything else with parameters could look at other positions."""
     for name, child in module.named_children():
-        norm = "norm" in type(child).__name__.lower()
-        if any(True for _ in child.parameters()) and not norm and type(child) is not nn.Linear:
+        # A layer around a linear one (an adapter's) is linear too.
+        known = type(child) is nn.Linear or hasattr(child, "base_layer") or "norm" in type(child).__name__.lower()
+        if any(True for _ in child.parameters()) and not known:
             raise UnsupportedModel(
                 f"{path}.{name} ({type(child).__name__}) is a part of attention that sp and tp_sequence do not know. "
                 "Set sp=1 and Plan(tp_sequence=False)."

@@ -94,11 +94,8 @@ class Pipeline:
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
         self.parts = [{**part, **extra} for part in parts]
         self.aux_on = self.num_experts > 0 and aux_losses.balances(self.model, batch)
-        if self.aux_on and any(block.router_path is None for block in record.blocks):
-            raise ValueError(
-                "pp computes the balance loss from the routers' outputs, and this model has experts whose router was "
-                "not found. Set output_router_logits=False, or pp=1."
-            )
+        if self.aux_on:
+            aux_losses.check_routers(record)
         for layer in record.layers:
             layer.aux_share = 1.0 / count
         token = losses.begin_step(labels, count, {key: value / count for key, value in known.items()})

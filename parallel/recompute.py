@@ -57,7 +57,7 @@ class _Replay(TorchDispatchMode):
         self.spanning.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:  # noqa: PYI036
         super().__exit__(*error)
         self.spanning.__exit__(*error)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from moeweave.comm.communicator import Communicator
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.attend import answer_plain_attention, attend_ring, attend_ulysses
-from moeweave.parallel.aux_loss import add_balance_loss, balances
+from moeweave.parallel.aux_loss import add_balance_loss, balances, check_routers
 from moeweave.parallel.hf.attention import cache_of, fills_by_shards, gather_cache, masks_by_block, route_attention
 from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.mixers import attentions_of, layers_of, num_heads, refuse_own_parameters
@@ -67,6 +68,7 @@ class SequenceSharing:
     Attributes:
         layers: between the first and the last of these hidden states are shards.
         configs: of the model, renamed while it makes its masks under "ring".
+        fewest: positions that a sequence must have for every rank to hold one.
         logits: router logits seen by the pass under way, where it adds a balance loss.
     """
 
@@ -77,6 +79,7 @@ class SequenceSharing:
         self.is_plain = not attentions
         self.sp = Communicator(mesh.group("sp") if mesh.sizes.sp > 1 else None)
         self.tp = Communicator(mesh.group("tp")) if plan.tp_sequence and mesh.sizes.tp > 1 else None
+        self.fewest = self.sp.size * (1 if self.tp is None else self.tp.size)
         self.configs: list[Any] = []
         self.logits: list[Tensor] | None = None
         self._share_attention(attentions)
@@ -106,24 +109,32 @@ class SequenceSharing:
         if ids is None:
             ids = next(value for value in given.values() if isinstance(value, Tensor))
         rows, length = ids.shape[:2]
-        if length == 1 and not torch.is_grad_enabled():
+        if length < self.fewest and not torch.is_grad_enabled():
             return None
         return self.span(rows, length, joined=not (record.splits_loss and given.get("labels") is not None))
 
     def span(self, rows: int, length: int, joined: bool = False) -> Span:
-        """How sequences of `length` positions are shared out."""
-        sp = Shards(length, self.sp, zigzag=self.plan.sequence == "ring")
+        """How sequences of `length` positions are shared out.
+
+        Raises:
+            ValueError: fewer positions than ranks.
+        """
+        if length < self.fewest:
+            raise ValueError(
+                f"A sequence of {length} positions cannot be shared by sp * tp ({self.fewest}) ranks: each needs one. "
+                "Pad the batch, or choose a smaller sp."
+            )
+        sp = Shards(length, self.sp, zigzag=self.plan.sequence == "ring" and length >= 2 * self.fewest)
         return Span(rows, sp, None if self.tp is None else Shards(sp.held, self.tp), joined)
 
 
 def install_sequence(model: Any, sharing: SequenceSharing, record: Any) -> None:
     """Make every forward pass of `model` a shared one."""
     for layer in sharing.layers:
-        if isinstance(layer, Hole):
-            continue
-        names = list(inspect.signature(type(layer).forward).parameters)[1:]
-        hook = functools.partial(_cut_arguments, names, layer is sharing.layers[0])
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        if not isinstance(layer, Hole):
+            names = list(inspect.signature(type(layer).forward).parameters)[1:]
+            hook = functools.partial(_cut_arguments, names, layer is sharing.layers[0])
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
     sharing.layers[-1].register_forward_hook(_leave)
     for block in record.blocks:
         if block.router_path is not None:
@@ -140,16 +151,7 @@ def install_sequence(model: Any, sharing: SequenceSharing, record: Any) -> None:
             return own(*args, **kwargs)
         if takes_cache and cache_of(given) is None:
             kwargs["use_cache"] = False
-        if balanced := balances(model, given):
-            kwargs["output_router_logits"] = False
-        sharing.logits = [] if balanced else None
-        by_block = record.plan.sequence == "ring" and sharing.configs
-        with spanning(span), masks_by_block(sharing.configs) if by_block else nullcontext():
-            output = own(*args, **kwargs)
-        logits, sharing.logits = sharing.logits, None
-        if logits is not None:
-            mask = given.get("attention_mask")
-            add_balance_loss(output, logits, None if mask is None else span.tokens(mask), record)
+        output = _balanced(model, sharing, record, given, span, lambda more: own(*args, **{**kwargs, **more}))
         if (cache := cache_of(given)) is not None:
             gather_cache(cache, span.sp)
         return output
@@ -157,27 +159,50 @@ def install_sequence(model: Any, sharing: SequenceSharing, record: Any) -> None:
     model.forward = forward
 
 
+def _balanced(
+    model: nn.Module,
+    sharing: SequenceSharing,
+    record: Any,
+    given: dict[str, Any],
+    span: Span,
+    run: Callable[[dict[str, Any]], Any],
+) -> Any:
+    """The output of `run(further keywords)` over the shared sequence. A balance loss is made of the router logits here:
+    the model would take a shard's for those of whole sequences."""
+    balanced = balances(model, given)
+    if balanced:
+        check_routers(record)
+    sharing.logits = [] if balanced else None
+    by_block = record.plan.sequence == "ring" and sharing.configs
+    try:
+        with spanning(span), masks_by_block(sharing.configs) if by_block else nullcontext():
+            output = run({"output_router_logits": False} if balanced else {})
+        if sharing.logits is not None:
+            mask = given.get("attention_mask")
+            mask = span.tokens(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            add_balance_loss(output, sharing.logits, mask, record)
+    finally:
+        sharing.logits = None
+    return output
+
+
 def _cut_arguments(names: list[str], first: bool, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Of the arguments of a layer, called `names`, what belongs to this rank's positions."""
     span = current_span()
     if span is None:
         return None
-    named = [*zip(names, args, strict=False), *kwargs.items()]
-    hidden = named[0][0]
-    for name, value in named[1:]:
-        span.check_argument(type(layer).__name__, name, value)
-    cut = {name: value if name == hidden else span.argument(name, value) for name, value in named}
-    if first:
-        cut[hidden] = span.enter(cut[hidden])
-    return (tuple(cut[name] for name in names[: len(args)]), {name: cut[name] for name in kwargs})
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    hidden = given[names[0]]
+    cut = {name: span.argument(type(layer).__name__, name, given[name]) for name in given if name != names[0]}
+    cut[names[0]] = span.enter(hidden) if first else hidden
+    return tuple(cut[name] for name in names[: len(args)]), {name: cut[name] for name in kwargs}
 
 
 def _leave(layer: nn.Module, args: Any, output: Any) -> Any:
     span = current_span()
     if span is None:
         return output
-    if isinstance(output, tuple):
-        return (span.leave(output[0]), *output[1:])
-    return span.leave(output)
+    return (span.leave(output[0]), *output[1:]) if isinstance(output, tuple) else span.leave(output)
 
 
 def _see_router(sharing: SequenceSharing, module: nn.Module, args: Any, output: Any) -> None:

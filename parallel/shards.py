@@ -1,13 +1,14 @@
 """Which positions of a sequence each rank of a group holds, and the four ways between shards and the whole.
 
-    contiguous  rank r holds positions [r * step, (r + 1) * step), step = ceil(S / W)
-    zigzag      of 2 W equal chunks rank r holds the r-th from either end, which evens out causal attention
+    contiguous  the positions are cut into W chunks, and rank r holds the r-th
+    zigzag      into 2 W chunks, and rank r holds the r-th from either end, which evens out causal attention
 
-Worked example, 5 positions on 2 ranks: contiguous [0 1 2] and [3 4]; zigzag, chunks of 2: [0 1] and [2 3 4].
+Chunk i of n begins at position i * S // n: chunks differ by one position at most, and none is padded, so that no token
+is routed or counted that is not there.
 
-Shards at the end are shorter, or empty: no position is padded, so no token is routed or counted that is not there.
+Worked example, 9 positions on 2 ranks: contiguous [0 1 2 3] and [4 5 6 7 8]; zigzag [0 1 6 7 8] and [2 3 4 5].
 
-Legend: W ranks, S positions of the whole sequence, s of a shard.
+Legend: W ranks, S positions of the whole sequence, s of a shard, c of the longest shard.
 """
 
 from __future__ import annotations
@@ -29,20 +30,16 @@ class Shards:
     comm: Communicator
     zigzag: bool = False
 
-    @property
-    def chunk(self) -> int:
-        """Positions of a chunk that is not cut short by the end."""
-        return -(-self.length // (self.comm.size * (2 if self.zigzag else 1)))
-
-    @property
-    def step(self) -> int:
-        """Positions of a shard that is not cut short by the end."""
-        return self.chunk * (2 if self.zigzag else 1)
-
     def spans_of(self, rank: int) -> list[tuple[int, int]]:
         """Half-open intervals of the positions that `rank` holds, in order."""
-        chunks = (rank, 2 * self.comm.size - 1 - rank) if self.zigzag else (rank,)
-        return [(min(i * self.chunk, self.length), min((i + 1) * self.chunk, self.length)) for i in chunks]
+        size = self.comm.size
+        number = 2 * size if self.zigzag else size
+        chunks = (rank, number - 1 - rank) if self.zigzag else (rank,)
+        return [(i * self.length // number, (i + 1) * self.length // number) for i in chunks]
+
+    def held_by(self, rank: int) -> int:
+        """s: how many positions `rank` holds."""
+        return sum(stop - start for start, stop in self.spans_of(rank))
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -50,17 +47,29 @@ class Shards:
 
     @property
     def held(self) -> int:
-        """s: how many positions this rank holds."""
-        return sum(stop - start for start, stop in self.spans)
+        return self.held_by(self.comm.rank)
 
-    def take(self, x: Tensor, dim: int) -> Tensor:
-        """Whole -> this rank's shard. Autograd's own gradient: zeros where other ranks' positions are."""
-        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.spans], dim)
+    @property
+    def step(self) -> int:
+        """c: positions of the longest shard."""
+        return max(self.held_by(rank) for rank in range(self.comm.size))
 
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Shards -> whole, without a gradient."""
-        dim %= x.dim()
-        shards = self.comm.all_gather(pad(x, dim, self.step))
+    @property
+    def least(self) -> int:
+        """Positions of the shortest shard."""
+        return min(self.held_by(rank) for rank in range(self.comm.size))
+
+    def take(self, x: Tensor, dim: int, rank: int | None = None) -> Tensor:
+        """Whole -> a rank's shard, by default this one's. Autograd's gradient: zeros at other ranks' positions."""
+        spans = self.spans if rank is None else self.spans_of(rank)
+        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in spans], dim)
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """[..., S, ...] -> [W, ..., c, ...]: every rank's shard, with zeros behind it."""
+        return torch.stack([pad(self.take(x, dim, rank), dim, self.step) for rank in range(self.comm.size)])
+
+    def merge(self, shards: Tensor, dim: int) -> Tensor:
+        """[W, ..., c, ...] -> [..., S, ...], the reverse; `dim` counts without W."""
         pieces = []
         for rank in range(self.comm.size):
             offset = 0
@@ -69,15 +78,13 @@ class Shards:
                 offset += stop - start
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda each: each[0])], dim)
 
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Shards -> whole, without a gradient."""
+        return self.merge(self.comm.all_gather(pad(x, dim, self.step)), dim)
+
     def sum(self, x: Tensor, dim: int) -> Tensor:
         """Whole on every rank -> this rank's shard of the sum over ranks, without a gradient."""
-        dim %= x.dim()
-        parts = [
-            torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.spans_of(rank)], dim)
-            for rank in range(self.comm.size)
-        ]
-        summed = self.comm.reduce_scatter(torch.stack([pad(part, dim, self.step) for part in parts]))
-        return summed.narrow(dim, 0, self.held)
+        return self.comm.reduce_scatter(self.split(x, dim)).narrow(dim, 0, self.held)
 
 
 def pad(x: Tensor, dim: int, size: int) -> Tensor:

@@ -49,29 +49,30 @@ class Span:
             hidden = join(hidden, self.sp, 1, factor=self.sp.comm.size)
         return hidden
 
-    def check_argument(self, layer: str, name: str, value: Any) -> None:
-        """Raise UnsupportedModel for a value a token that is not attention's, under tp_sequence."""
-        known = "mask" in name or "position" in name
-        if self.tp is not None and not known and isinstance(value, Tensor) and self.sp.length in value.shape[1:]:
-            raise UnsupportedModel(
-                f"{layer} takes {name} {tuple(value.shape)}, of which Plan(tp_sequence=True) cannot tell whether attention "
-                "or the tokens of a shard need it. Use Plan(tp_sequence=False)."
-            )
-
-    def argument(self, name: str, value: Any) -> Any:
+    def argument(self, layer: str, name: str, value: Any) -> Any:
         """An argument of a layer, cut to the positions that attention computes on: real or complex [..., S, D] and
-        integers [..., S]. Masks stay whole."""
-        if "mask" in name or self.sp.comm.size == 1:
+        integers [..., S]. Masks stay whole.
+
+        Raises:
+            UnsupportedModel: under tp_sequence, a value a token that is not attention's.
+        """
+        if "mask" in name:
             return value
         if isinstance(value, (tuple, list)):
-            return type(value)(self.argument(name, each) for each in value)
+            return type(value)(self.argument(layer, name, each) for each in value)
         if not isinstance(value, Tensor):
             return value
         dim = -2 if value.is_floating_point() or value.is_complex() else -1
         if value.dim() < -dim or value.shape[dim] != self.sp.length:
             return value
+        per_row = value.dim() > -dim and value.shape[0] == self.rows > 1
+        if self.tp is not None and per_row and "position" not in name:
+            raise UnsupportedModel(
+                f"{layer} takes {name} {tuple(value.shape)}, and Plan(tp_sequence=True) cannot tell whether attention "
+                "or the tokens of a shard need it. Use Plan(tp_sequence=False)."
+            )
         self.whole[name] = value
-        return self.sp.take(value, dim)
+        return self.sp.take(value, dim) if self.sp.comm.size > 1 else value
 
     @property
     def held(self) -> int:

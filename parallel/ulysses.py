@@ -7,8 +7,8 @@ Before attention every rank gives away all heads but its own, and gets all posit
 Any attention that treats heads apart runs unchanged, masks included. Key heads that do not divide over the ranks are
 repeated first, lcm(Hk, W) / Hk times: with 2 key heads on 4 ranks each goes to two of them.
 
-Legend: B rows, H query heads, Hk key heads, h heads of one rank, S positions of the whole sequence, s of this rank, c of
-a shard that is not cut short, d head width, W ranks.
+Legend: B rows, H query heads, Hk key heads, h heads of one rank, S positions of the whole sequence, s of this rank, c
+of the longest shard, d head width, W ranks.
 """
 
 from __future__ import annotations
@@ -44,18 +44,14 @@ def repeat_keys(x: Tensor, num_ranks: int) -> Tensor:
 
 def to_heads(tensors: list[Tensor], shards: Shards) -> list[Tensor]:
     """Each [B, H, s, d] of this rank's positions -> [B, H / W, S, d] of this rank's heads, in one exchange."""
-    size = shards.comm.size
-    # [W, B, h, c, d]: block w goes to rank w.
-    sent = [pad(x, 2, shards.step).unflatten(1, (size, -1)).movedim(1, 0) for x in tensors]
-    # Back come the same heads' positions on every rank.
-    return [x.movedim(0, 2).flatten(2, 3)[:, :, : shards.length] for x in _exchange(sent, shards.comm)]
+    # [W, B, h, c, d]: block w goes to rank w. Back come this rank's heads, block w with the positions of rank w.
+    sent = [pad(x, 2, shards.step).unflatten(1, (shards.comm.size, -1)).movedim(1, 0) for x in tensors]
+    return [shards.merge(x, 2) for x in _exchange(sent, shards.comm)]
 
 
 def to_positions(out: Tensor, shards: Shards) -> Tensor:
     """[B, S, h, d] of this rank's heads -> [B, s, W * h, d] of this rank's positions."""
-    size = shards.comm.size
-    sent = pad(out, 1, shards.step * size).unflatten(1, (size, -1)).movedim(1, 0)
-    (received,) = _exchange([sent], shards.comm)
+    (received,) = _exchange([shards.split(out, 1)], shards.comm)
     return received.movedim(0, 2).flatten(2, 3)[:, : shards.held]
 
 
