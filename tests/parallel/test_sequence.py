@@ -247,11 +247,7 @@ def compare_zoo(names: list[str], sizes: Sizes, plan: Fields) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "plan"),
-    [(dict(sp=2), ULYSSES), (dict(sp=2), RING), (dict(tp=2), MEGATRON)],
-    ids=["ulysses", "ring", "tp"],
-)
+@pytest.mark.parametrize("case", [(dict(sp=2), ULYSSES), (dict(sp=2), RING), (dict(tp=2), MEGATRON)], ids=shown)
 def test_every_architecture_has_the_gradients_of_one_process_or_is_refused(case: tuple[Sizes, Fields]) -> None:
     sizes, plan = case
     names = [name for name in hf_zoo.ZOO if name not in hf_zoo.NOT_WRAPPABLE]
