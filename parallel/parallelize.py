@@ -88,7 +88,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     core = base_model(model)
     if sharing is not None:
         record.sequence = sharing
-        install_sequence(core, sharing, record)
+        routers = [model.get_submodule(block.router_path) for block in blocks if block.router_path is not None]
+        install_sequence(core, routers, sharing, record)
     if plan.recompute:
         homes = [model.get_submodule(block.block_path) for block in blocks]
         apply_recompute(core, repeated_blocks(core, blocks) or homes)

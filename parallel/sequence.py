@@ -128,17 +128,16 @@ class SequenceSharing:
         return Span(rows, sp, None if self.tp is None else Shards(sp.held, self.tp), joined)
 
 
-def install_sequence(model: Any, sharing: SequenceSharing, record: Any) -> None:
-    """Make every forward pass of `model` a shared one."""
+def install_sequence(model: Any, routers: list[nn.Module], sharing: SequenceSharing, record: Any) -> None:
+    """Make every forward pass of `model` a shared one; `routers` are those of its balance loss."""
     for layer in sharing.layers:
         if not isinstance(layer, Hole):
             names = list(inspect.signature(type(layer).forward).parameters)[1:]
             hook = functools.partial(_cut_arguments, names, layer is sharing.layers[0])
             layer.register_forward_pre_hook(hook, with_kwargs=True)
     sharing.layers[-1].register_forward_hook(_leave)
-    for block in record.blocks:
-        if block.router_path is not None:
-            model.get_submodule(block.router_path).register_forward_hook(functools.partial(_see_router, sharing))
+    for router in routers:
+        router.register_forward_hook(functools.partial(_see_router, sharing))
     own, signature = model.forward, inspect.signature(model.forward)
     takes_cache = "use_cache" in signature.parameters
 

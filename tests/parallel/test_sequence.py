@@ -255,7 +255,7 @@ def test_every_architecture_has_the_gradients_of_one_process_or_is_refused(case:
     names.remove("muse_spark")
     found = run_ranks(2, compare_zoo, names, sizes, plan, timeout=600)[0]
     assert not {name: what for name, what in found.items() if what != "ok" and not what.startswith("refused")}
-    assert sum(what == "ok" for what in found.values()) >= {"ulysses": 44, "ring": 38}.get(plan.get("sequence", ""), 28)
+    assert sum(what == "ok" for what in found.values()) >= 0.4 * len(names)
 
 
 # ---- inference and checkpoints
