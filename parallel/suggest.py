@@ -12,6 +12,7 @@ Legend: T tokens of a rank's micro-batch, D width of a token.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,6 +25,7 @@ from moeweave.parallel.footprint import Footprint, Unit, footprint, remote_ranks
 from moeweave.parallel.mesh import MeshSizes
 from moeweave.parallel.parallelize import check_axes, top_k_of
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.sequence import check_sequence
 from moeweave.parallel.stages import layer_list
 
 STATES = 4  # weights, gradients and two moments of Adam, all in the parameters' dtype
@@ -142,10 +144,17 @@ def _estimates(model: nn.Module, world: int, tokens: int, sequence: int, hardwar
         with suppress(ValueError):  # heads or parts that tp cannot split
             prints[tp] = footprint(model, blocks, top_k, tp)
     max_pp = _max_stages(model, prints[1])
+
+    @functools.cache
+    def shares(sp: int, tp: int) -> bool:
+        with suppress(ValueError):  # heads or parts that sp cannot share
+            return sp == 1 or bool(check_sequence(model, blocks, MeshSizes(sp=sp, tp=tp), Plan()))
+        return False
+
     for sizes in _meshes(world, hardware.ranks_per_node, list(prints), prints[1].num_experts, max_pp, sequence):
         data = sizes.dp * sizes.dp_replicate
         microbatches = tokens // (data * sequence)
-        if microbatches < sizes.pp:
+        if microbatches < sizes.pp or not shares(sizes.sp, sizes.tp):
             continue
         for recompute in (False, True):
             yield estimate(prints[sizes.tp], sizes, Plan(recompute=recompute), microbatches, sequence, hardware)
