@@ -22,7 +22,7 @@ from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.stages import Cut, cut_model
-from moeweave.parallel.tensor import apply_tensor_parallel
+from moeweave.parallel.tensor import apply_tensor_parallel, plan_of
 
 logger = logging.getLogger("moeweave")
 
@@ -63,7 +63,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
     for block in blocks:
         mesh.sizes.check_experts(block.num_experts, block.path)
-    _refuse_with_tp(model, mesh, plan)
+    _refuse_with_tp(model, blocks, mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
@@ -152,8 +152,10 @@ def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pla
                 )
 
 
-def _refuse_with_tp(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
+def _refuse_with_tp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
     tp = mesh.sizes.tp
+    if tp > 1:
+        plan_of(model, blocks, tp)  # of the whole model, so that stages refuse alike
     if tp > 1 and plan.data == "ddp":
         raise ValueError(f"tp ({tp}) needs Plan(data='fsdp2'): DDP cannot hold split parameters.")
     if tp > 1 and base_model(model) is not model:
@@ -166,8 +168,6 @@ def check_axes(sizes: MeshSizes) -> None:
         size = getattr(sizes, axis)
         if size > 1:
             raise ValueError(f"{axis} ({size}) must be 1: parallelize composes pp, dp, dp_replicate, tp and ep.")
-    if sizes.tp > 1 and sizes.pp > 1:
-        raise ValueError(f"tp ({sizes.tp}) must be 1 with pp ({sizes.pp}): stages cannot be split yet. Set one to 1.")
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:

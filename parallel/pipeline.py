@@ -109,7 +109,7 @@ class Pipeline:
             for layer in record.layers:
                 layer.aux_share = 1.0
         dist.all_reduce(total)
-        return total / record.mesh.data_size
+        return total * self.layout.pp / record.mesh.world
 
     def _step(self, count: int, rows: int, width: int) -> Tensor:
         key = (count, rows, width, self.aux_on)

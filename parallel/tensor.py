@@ -44,7 +44,7 @@ def apply_tensor_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Device
     """
     styles, attentions = plan_of(model, blocks, mesh.size())
     embedding, head = vocabulary(model, mesh.size())
-    tied = head is not None and head.weight is embedding.weight
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
     parallelize_module(model, mesh, styles, src_data_rank=None)
     for path in styles:
         _release_whole(model.get_submodule(path))
@@ -178,11 +178,12 @@ def _sum_param_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 def vocabulary(model: Any, tp: int) -> tuple[Any, Any]:
     """Input embedding and output head of a Hugging Face model, None where it stays whole: a class of its own, a
-    vocabulary that tp does not divide, or tied to one that stays whole."""
+    vocabulary that tp does not divide, tied to one that stays whole, or on another pipeline stage."""
     if not hasattr(model, "get_input_embeddings"):
         return None, None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = embedding is not None and head is not None and embedding.weight is head.weight
+    weights = [getattr(module, "weight", None) for module in (embedding, head)]
+    tied = weights[0] is not None and weights[0] is weights[1]
     splits = type(embedding) is nn.Embedding and embedding.num_embeddings % tp == 0 and embedding.max_norm is None
     head_splits = type(head) is nn.Linear and head.out_features % tp == 0
     if tied and not (splits and head_splits):
