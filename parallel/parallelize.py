@@ -12,6 +12,7 @@ from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
 from moeweave.parallel.expert import ExpertCall, install_expert_call, shard_experts
+from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
@@ -33,7 +34,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     Numbered as they happen:
         1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
         2. split attention, MLPs, embeddings and head over `tp`, if there is such an axis
-        3. keep this rank's experts (DTensors over `ep`); dispatch, experts, combine take the place of the experts' call
+        3. keep this rank's experts (DTensors over `ep`, `etp`); dispatch, experts, combine replace the experts' call
         4. checkpoint activations if the plan says so
         5. shard or replicate the rest over the data ranks
         6. make `model(**batch).loss` the rank's share of the global loss
@@ -64,6 +65,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     for block in blocks:
         mesh.sizes.check_experts(block.num_experts, block.path)
     _refuse_with_tp(model, blocks, mesh, plan)
+    _refuse_with_etp(model, blocks, mesh)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
@@ -162,12 +164,24 @@ def _refuse_with_tp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: 
         raise ValueError(f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split.")
 
 
+def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> None:
+    etp = mesh.sizes.etp
+    if etp == 1:
+        return
+    if not blocks:
+        raise ValueError(f"etp ({etp}) needs experts, and {type(model).__name__} has none. Set etp=1.")
+    if base_model(model) is not model:
+        raise ValueError(
+            f"etp ({etp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split."
+        )
+    for block in blocks:
+        check_width(block, etp, mesh.sizes.edp)
+
+
 def check_axes(sizes: MeshSizes) -> None:
     """Raise ValueError for an axis that `parallelize` does not spread models over."""
-    for axis in ("sp", "etp"):
-        size = getattr(sizes, axis)
-        if size > 1:
-            raise ValueError(f"{axis} ({size}) must be 1: parallelize composes pp, dp, dp_replicate, tp and ep.")
+    if sizes.sp > 1:
+        raise ValueError(f"sp ({sizes.sp}) must be 1: parallelize composes pp, dp, dp_replicate, tp, ep and etp.")
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:
