@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moeweave.parallel.data import no_sync
 from moeweave.parallel.record import Record, record_of
+from moeweave.parallel.vocabulary import split_logits
 
 IGNORED_LABEL = -100
 # transformers' losses that are means over labels: whether position s holds its own label (True) or s + 1 its (False).
@@ -113,7 +114,8 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     try:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
-            loss = loss_of(model(**part, **extra)) * share
+            with split_logits():
+                loss = loss_of(model(**part, **extra)) * share
             if last:
                 loss.backward()
             else:

@@ -19,6 +19,7 @@ from moeweave.parallel import loss as losses
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout, make_schedule
 from moeweave.parallel.stages import Cut
+from moeweave.parallel.vocabulary import split_logits
 
 Step = dict[str, Any]
 
@@ -162,7 +163,7 @@ class Pipeline:
             self._hide_labels(batch)
         if self.aux_on:
             batch["output_router_logits"] = False
-        with self.cut.viewing(stage):
+        with self.cut.viewing(stage), split_logits():
             output = self.model(**batch)
         logits, sent = border.logits, border.sent
         border.received = border.sent = border.logits = None
