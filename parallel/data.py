@@ -156,3 +156,42 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         engine.set_requires_gradient_sync(True)
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Under pp a parameter is gathered once a step and not once a micro-batch; `reduce_gradients` ends the step."""
+    for module in _fsdp_modules(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
+        module.set_requires_gradient_sync(False, recurse=False)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Reduce what backward passes since the last call have left in the gradients of gathered parameters, and shard both.
+
+    A pipeline's schedule may compute gradients of weights apart from those of inputs, where FSDP's hooks do not see
+    them; torch's own runtime ends a step like this too (`perform_reduce_grad` of its stages).
+    """
+    states = []
+    for module in _fsdp_modules(model):
+        module.set_requires_gradient_sync(True, recurse=False)
+        module.set_reshard_after_backward(True, recurse=False)
+        states.append(module._get_fsdp_state())
+    for state in states:
+        # torch 2.11 has one group of parameters a module.
+        for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+            group.post_backward()
+    for state in states:
+        if state._is_root:
+            state._root_post_backward_final_callback()
+    keep_gathered(model)
+
+
+def shard_again(model: nn.Module) -> None:
+    """Free what `keep_gathered` keeps, after a step without gradients."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

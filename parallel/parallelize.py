@@ -115,11 +115,6 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
         raise ValueError("pp does not cut models that peft wraps. Set pp=1, or merge_and_unload() the adapters.")
     if mesh.data_size > 1 and plan.data == "ddp":
         raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
-    if layout.splits_backward and (mesh.data_size > 1 or plan.dtype is not None):
-        raise ValueError(
-            f"Plan.schedule ({plan.schedule!r}) computes gradients of weights past the hooks that reduce them over "
-            "data ranks. Use '1f1b', 'gpipe' or 'interleaved', or one data rank and no Plan.dtype."
-        )
     if plan.aux != "global":
         raise ValueError(f"Plan.aux ({plan.aux!r}) must be 'global' under pp ({mesh.sizes.pp}), or set pp=1.")
     if not hasattr(model, "base_model_prefix") and not getattr(model, "chained_layers", False):

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 from moeweave.parallel import loss as losses
+from moeweave.parallel.data import keep_gathered, reduce_gradients
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout, make_schedule
 from moeweave.parallel.stages import Cut
@@ -55,9 +55,7 @@ class Pipeline:
         for block in record.blocks:
             if block.router_path is not None:
                 model.get_submodule(block.router_path).register_forward_hook(self._see_router)
-        if isinstance(model, FSDPModule):
-            # Its backward is not entered through its outputs; it is freed at the end of a step instead.
-            model.set_reshard_after_backward(False, recurse=False)
+        keep_gathered(model)
         model.register_forward_pre_hook(self._refuse_direct_call, prepend=True)
 
     def _refuse_direct_call(self, *_: Any) -> None:
@@ -125,8 +123,7 @@ class Pipeline:
         last = self.layout.num_stages - 1 in own
         options = {"target": indices, "losses": found} if last else {}
         self.steps[key](*args, index=indices, return_outputs=False, **options)
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()
+        reduce_gradients(self.model)
         total = torch.zeros((), device=self.record.mesh.device)
         return sum((loss.detach().float() for loss in found), total)
 

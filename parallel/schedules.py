@@ -31,11 +31,6 @@ class Layout:
     def num_stages(self) -> int:
         return self.pp * (1 if self.schedule in ("1f1b", "gpipe") else 2)
 
-    @property
-    def splits_backward(self) -> bool:
-        """Gradients of weights are computed apart from those of inputs, past the hooks of FSDP."""
-        return self.schedule in ("zero_bubble", "dualpipev")
-
     def stages_of(self, rank: int) -> list[int]:
         """Stages of the pp coordinate `rank`, in order."""
         if self.schedule == "dualpipev":
