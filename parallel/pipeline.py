@@ -7,6 +7,7 @@ its gradient back along the stages: the loss is that of all layers of a micro-ba
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ from moeweave.parallel import loss as losses
 from moeweave.parallel.data import keep_gathered, reduce_gradients
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout, make_schedule
+from moeweave.parallel.stage_ties import TiedGradients
 from moeweave.parallel.stages import Cut
 from moeweave.parallel.vocabulary import split_logits
 
@@ -56,7 +58,21 @@ class Pipeline:
             if block.router_path is not None:
                 model.get_submodule(block.router_path).register_forward_hook(self._see_router)
         keep_gathered(model)
+        self.tied = self._tied_gradients()
         model.register_forward_pre_hook(self._refuse_direct_call, prepend=True)
+
+    def _tied_gradients(self) -> TiedGradients | None:
+        """For a rank with one of two stages that hold a tied weight; a rank with both has it once."""
+        tie, rank = self.cut.tie, self.record.mesh.dense.get_local_rank("pp")
+        first, last = (self.layout.rank_of(stage) for stage in (0, self.layout.num_stages - 1))
+        if tie is None or first == last or rank not in (first, last):
+            return None
+        if rank == last:
+            vars(self.model)["_moeweave_copies"] = {tie.copy: tie.weight}
+        param = self.model.get_parameter(tie.weight if rank == first else tie.copy)
+        if not param.requires_grad:
+            return None
+        return TiedGradients(param, last if rank == first else first, self.record.mesh.group("pp"))
 
     def _refuse_direct_call(self, *_: Any) -> None:
         if not self.cut.border.running:
@@ -122,8 +138,9 @@ class Pipeline:
         args = (indices.to(self.record.mesh.device),) if 0 in own else ()
         last = self.layout.num_stages - 1 in own
         options = {"target": indices, "losses": found} if last else {}
-        self.steps[key](*args, index=indices, return_outputs=False, **options)
-        reduce_gradients(self.model)
+        with self.tied.summed() if self.tied is not None else nullcontext():
+            self.steps[key](*args, index=indices, return_outputs=False, **options)
+            reduce_gradients(self.model)
         total = torch.zeros((), device=self.record.mesh.device)
         return sum((loss.detach().float() for loss in found), total)
 

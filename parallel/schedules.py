@@ -37,6 +37,10 @@ class Layout:
             return [rank, self.num_stages - 1 - rank]
         return list(range(rank, self.num_stages, self.pp))
 
+    def rank_of(self, stage: int) -> int:
+        """The pp coordinate that has `stage`."""
+        return next(rank for rank in range(self.pp) if stage in self.stages_of(rank))
+
     def check_microbatches(self, count: int) -> None:
         """Raise ValueError for a number of micro-batches that the schedule cannot run."""
         least = {"1f1b": self.pp, "dualpipev": self.num_stages}.get(self.schedule, 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel
 from moeweave.parallel.schedules import Layout
+from moeweave.parallel.stage_ties import Tie, find_tie
 
 
 class Hole(nn.Module):
@@ -79,10 +80,12 @@ class Cut:
         views: by stage, what stands at (parent, name) while that stage runs.
         parts: by stage, the modules with parameters that it runs.
         shares: by stage of the whole pipeline, its layers' indices.
+        tie: of the first stage's embeddings and the last one's head.
     """
 
     border: Border
     shares: list[range]
+    tie: Tie | None = None
     views: dict[int, list[tuple[nn.Module, str, nn.Module]]] = field(default_factory=dict)
     parts: dict[int, list[nn.Module]] = field(default_factory=dict)
 
@@ -105,17 +108,19 @@ def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: in
     """Keep the layers of this rank's stages, the embeddings with the first stage and the rest with the last, in place.
 
     Raises:
-        UnsupportedModel: no single list of layers, tied weights, parameters outside of modules that can be left out.
+        UnsupportedModel: no single list of layers, tied weights other than embeddings and head, parameters outside of
+            modules that can be left out.
         ValueError: fewer layers than stages.
     """
     layers = layer_list(model, blocks)
     _refuse_cross_layer(layers)
     before, after = _outside(model, layers)
-    _refuse_ties(model, layers, before, after)
+    units = [*layers, *(parent._modules[name] for parent, name in before + after)]
+    tie = find_tie(model, sorted(filter(None, units), key=lambda unit: type(unit) is not nn.Embedding))
     costs = [_cost(layer, blocks, top_k) for layer in layers]
     head_cost = sum(_cost(parent._modules[name], [], top_k) for parent, name in after)
     shares = share_out(costs, layout.num_stages, 0, head_cost)
-    cut = Cut(Border(), shares)
+    cut = Cut(Border(), shares, tie)
     last = layout.num_stages - 1
     mine = layout.stages_of(rank)
     originals = list(layers)
@@ -244,19 +249,6 @@ def _refuse_cross_layer(layers: nn.ModuleList) -> None:
                 f"{type(layer).__name__} takes {', '.join(crossing)} from the layer before it, which a border between "
                 "stages does not carry. Set pp=1."
             )
-
-
-def _refuse_ties(model: nn.Module, layers: nn.ModuleList, before: Slots, after: Slots) -> None:
-    units = [*layers, *(parent._modules[name] for parent, name in before + after)]
-    seen: dict[int, int] = {}
-    for at, unit in enumerate(units):
-        for param in unit.parameters() if unit is not None else ():
-            if seen.setdefault(id(param), at) != at:
-                names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
-                raise UnsupportedModel(
-                    f"{' and '.join(names)} are one weight in parts of {type(model).__name__} that pp puts on "
-                    "different stages; they would drift. Build it with tie_word_embeddings=False, or set pp=1."
-                )
 
 
 def _cost(module: nn.Module | None, blocks: list[MoEBlock], top_k: int) -> int:
