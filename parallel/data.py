@@ -167,7 +167,7 @@ def keep_gathered(model: nn.Module) -> None:
 
 
 def reduce_gradients(model: nn.Module) -> None:
-    """Reduce what backward passes since the last call have left in the gradients of gathered parameters, and shard both.
+    """Reduce what backward passes since the last call left in the gradients of gathered parameters, and shard both.
 
     A pipeline's schedule may compute gradients of weights apart from those of inputs, where FSDP's hooks do not see
     them; torch's own runtime ends a step like this too (`perform_reduce_grad` of its stages).

@@ -187,16 +187,6 @@ def _entry(index: int, share: range, layer: nn.Module, border: Border) -> nn.Mod
     return _Sends(layer, border) if index == share.stop else Hole(layer)
 
 
-def refuse_folders(model: nn.Module) -> None:
-    """Raise ValueError for a model cut into stages: Hugging Face folders are read and written whole."""
-    record = vars(model).get("_moeweave")
-    if record is not None and record.mesh.sizes.pp > 1:
-        raise ValueError(
-            f"Hugging Face folders are not read or written under pp ({record.mesh.sizes.pp}). Use moeweave.save and "
-            "moeweave.load, or a mesh with pp=1."
-        )
-
-
 def layer_list(model: nn.Module, blocks: list[MoEBlock]) -> nn.ModuleList:
     inside = {id(module) for block in blocks for module in block.experts.modules()}
     found: list[nn.ModuleList] = []
