@@ -17,7 +17,7 @@ from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh, MeshSizes
-from moeweave.parallel.pipeline import Pipeline, refuse_generate
+from moeweave.parallel.pipeline import Pipeline
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
@@ -91,8 +91,6 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     install_lockstep(core, record)
     if cut is not None:
         record.pipeline = Pipeline(core, cut, layout, record, num_experts)
-        if hasattr(core, "generate"):
-            vars(core)["generate"] = refuse_generate
     if core is not model:
         call_with_hooks(core)
         vars(core)["_moeweave"] = record

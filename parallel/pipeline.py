@@ -7,8 +7,9 @@ its gradient back along the stages: the loss is that of all layers of a micro-ba
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,9 @@ class Pipeline:
         self.parts: list[dict[str, Any]] = []
         self.share = 1.0
         self.aux_on = False
+        self.generating = False
+        self.width = _width(model)
+        self.takes_router_logits = "output_router_logits" in inspect.signature(model.forward).parameters
         self.steps: dict[tuple[Any, ...], Any] = {}
         for block in record.blocks:
             if block.router_path is not None:
@@ -60,6 +64,11 @@ class Pipeline:
         keep_gathered(model)
         self.tied = self._tied_gradients()
         model.register_forward_pre_hook(self._refuse_direct_call, prepend=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states between stages."""
+        return self.record.plan.torch_dtype or next(param.dtype for param in self.model.parameters())
 
     def _tied_gradients(self) -> TiedGradients | None:
         """For a rank with one of two stages that hold a tied weight; a rank with both has it once."""
@@ -75,7 +84,7 @@ class Pipeline:
         return TiedGradients(param, last if rank == first else first, self.record.mesh.group("pp"))
 
     def _refuse_direct_call(self, *_: Any) -> None:
-        if not self.cut.border.running:
+        if not self.cut.border.running and not self.generating:
             raise RuntimeError(
                 f"{type(self.model).__name__} is cut into {self.layout.num_stages} stages: no rank can run it alone. "
                 "Call moeweave.forward_backward(model, batch, microbatches=...) on every rank."
@@ -147,8 +156,8 @@ class Pipeline:
     def _make_step(self, count: int, rows: int, width: int, aux_on: bool) -> Any:
         """Shapes are said beforehand: else torch's runtime would run a forward of its own to find them."""
         mesh, last = self.record.mesh, self.layout.num_stages - 1
-        dtype = self.record.plan.torch_dtype or next(p.dtype for p in self.model.parameters())
-        hidden = torch.empty(rows, width, _width(self.model), dtype=dtype, device="meta", requires_grad=True)
+        dtype = self.dtype
+        hidden = torch.empty(rows, width, self.width, dtype=dtype, device="meta", requires_grad=True)
         sums = torch.empty(2 * self.num_experts + 1, device="meta", requires_grad=True)
         between = (hidden, sums) if aux_on else (hidden,)
         index = (torch.empty(1, dtype=torch.int64, device="meta"),)
@@ -209,11 +218,3 @@ def _width(model: nn.Module) -> int:
     if config is not None:
         return int(config.get_text_config().hidden_size)
     return int(vars(model)["_moeweave_width"])
-
-
-def refuse_generate(*_: Any, **__: Any) -> NoReturn:
-    """What `model.generate` is under pp."""
-    raise RuntimeError(
-        "generate needs the whole model on each rank's ep group, and pp has cut it into stages. Save it "
-        "(moeweave.save) and load it on a mesh with pp=1."
-    )

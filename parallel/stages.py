@@ -23,16 +23,23 @@ from moeweave.parallel.stage_ties import Tie, find_tie
 
 class Hole(nn.Module):
     """Where another stage has a layer, norm or head: hands its first argument on. Plain attributes (the kind of
-    attention, say) are the original's."""
+    attention, say) are the original's. In the place of layer `index` it counts the tokens in a cache of keys and
+    values, of which it keeps none."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, index: int | None = None) -> None:
         super().__init__()
+        self.index = index
         for name, value in vars(original).items():
             if not name.startswith("_") and isinstance(value, (str, int, float)):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else next(iter(kwargs.values()))
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        cache = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
+        if self.index is not None and cache is not None:
+            empty_BHSD = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(empty_BHSD, empty_BHSD, self.index)
+        return hidden
 
 
 @dataclass
@@ -48,19 +55,21 @@ class Border:
 class _Receives(Hole):
     """Gives the received hidden states whatever it is called with."""
 
-    def __init__(self, original: nn.Module, border: Border) -> None:
-        super().__init__(original)
+    def __init__(self, original: nn.Module, border: Border, index: int | None = None) -> None:
+        super().__init__(original, index)
         self.border = border
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.index is not None:
+            super().forward(*args, **kwargs)
         return self.border.received
 
 
 class _Sends(Hole):
     """Keeps the hidden states that it is called with."""
 
-    def __init__(self, original: nn.Module, border: Border) -> None:
-        super().__init__(original)
+    def __init__(self, original: nn.Module, border: Border, index: int) -> None:
+        super().__init__(original, index)
         self.border = border
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +192,8 @@ def _entry(index: int, share: range, layer: nn.Module, border: Border) -> nn.Mod
     if index in share:
         return layer
     if index == share.start - 1:
-        return _Receives(layer, border)
-    return _Sends(layer, border) if index == share.stop else Hole(layer)
+        return _Receives(layer, border, index)
+    return _Sends(layer, border, index) if index == share.stop else Hole(layer, index)
 
 
 def layer_list(model: nn.Module, blocks: list[MoEBlock]) -> nn.ModuleList:

@@ -110,8 +110,8 @@ def test_gradients_accumulate_over_steps(schedule: str) -> None:
     assert max(max(errors) for errors in run_ranks(4, accumulated, schedule)) <= 1e-6
 
 
-def step_and_count(schedule: str) -> tuple[int, str, str]:
-    """Dispatches of one step on this rank; what a direct call, and generate, say."""
+def step_and_count(schedule: str) -> tuple[int, str]:
+    """Dispatches of one step on this rank; what a direct call says."""
     mesh = Mesh(pp=2)
     model = parallelize(hf_zoo.build("mixtral", num_hidden_layers=4), mesh, Plan(schedule=schedule))
     count = 0
@@ -130,21 +130,16 @@ def step_and_count(schedule: str) -> tuple[int, str, str]:
         call.dispatcher = Counting()
     batch = hf_zoo.make_batch("mixtral", 0, rows=4)
     forward_backward(model, batch, microbatches=4)
-    said = []
-    for attempt in (lambda: model(**batch), lambda: model.generate(batch["input_ids"])):
-        with pytest.raises(RuntimeError) as error:
-            attempt()
-        said.append(str(error.value))
-    return count, said[0], said[1]
+    with pytest.raises(RuntimeError) as error:
+        model(**batch)
+    return count, str(error.value)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "dualpipev"])
 def test_no_forward_but_the_steps_own(schedule: str) -> None:
     found = run_ranks(2, step_and_count, schedule)
-    assert sum(count for count, _, _ in found) == 4 * 4  # layers x micro-batches
-    for _, called, generated in found:
-        assert "forward_backward" in called
-        assert "pp=1" in generated
+    assert sum(count for count, _ in found) == 4 * 4  # layers x micro-batches
+    assert all("forward_backward" in called for _, called in found)
 
 
 def names_and_checkpoint(path: str) -> tuple[list[str], bool, float, float]:
