@@ -52,8 +52,8 @@ def test_parity_of_all_schedules_on_two_stages(name: str) -> None:
     check(name, PP2, ["1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev"])
 
 
-@pytest.mark.parametrize("sizes", [PP2_DP2, PP2_EP2], ids=["dp", "ep"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sizes", [pytest.param(PP2_DP2, marks=pytest.mark.slow), PP2_EP2], ids=["dp", "ep"])
+@pytest.mark.parametrize("name", [pytest.param(each, marks=pytest.mark.slow) for each in MODELS[:2]] + MODELS[2:])
 def test_parity_with_data_and_expert_ranks(name: str, sizes: dict[str, int]) -> None:
     check(name, sizes, ["1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev"])
 

@@ -22,9 +22,7 @@ NAMES = ("mixtral", "qwen3_moe", "deepseek_v3")
 MESHES = [
     pytest.param(2, dict(tp=2), id="tp2"),
     pytest.param(2, dict(tp=2, ep=2), id="tp2-ep2"),
-    pytest.param(4, dict(dp=2, tp=2, ep=2), id="dp2-tp2-ep2"),
-    pytest.param(4, dict(dp=2, tp=2, ep=4), id="dp2-tp2-ep4"),
-    pytest.param(4, dict(dp_replicate=2, tp=2), id="rep2-tp2"),
+    pytest.param(4, dict(dp_replicate=2, tp=2), id="rep2-tp2", marks=pytest.mark.slow),
 ]
 
 
