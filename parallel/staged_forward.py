@@ -47,7 +47,8 @@ def generating(pipeline: Pipeline) -> Iterator[None]:
 
 def keeps_cache(pipeline: Pipeline) -> bool:
     """Whether stages can keep keys and values: one stage a rank, and layers that all have some."""
-    kinds = getattr(pipeline.model.config.get_text_config(), "layer_types", None) or []  # type: ignore[union-attr]
+    model: Any = pipeline.model
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
     attention = all("attention" in kind and "linear" not in kind for kind in kinds)
     return attention and pipeline.layout.num_stages == pipeline.layout.pp
 

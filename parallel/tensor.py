@@ -161,14 +161,14 @@ def _why_whole(module: Any, own: dict[str, str]) -> str | None:
     return None
 
 
-def _gathered(module: nn.Module, columns: list[str], tp: int) -> dict[str, ParallelStyle]:
+def _gathered(module: Any, columns: list[str], tp: int) -> dict[str, ParallelStyle]:
     """Styles of attention that is computed whole: projections split where tp divides them, their outputs gathered."""
     styles: dict[str, ParallelStyle] = {
         name: ColwiseParallel(output_layouts=Replicate())
         for name in columns
-        if module.get_submodule(name).out_features % tp == 0
+        if getattr(module, name).out_features % tp == 0
     }
-    if module.get_submodule("o_proj").in_features % tp == 0:
+    if module.o_proj.in_features % tp == 0:
         styles["o_proj"] = RowwiseParallel(input_layouts=Replicate())
     return styles
 
