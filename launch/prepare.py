@@ -13,27 +13,35 @@ from moeweave.launch import data, env
 from moeweave.launch.schema import ConfigError, DataConfig, MeshConfig, ModelConfig
 from moeweave.parallel.adapter import find_moe_blocks
 from moeweave.parallel.expert import check_codec_width
+from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.hf.build import build_model
-from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.sequence import check_sequence, shares_sequence
+from moeweave.parallel.stages import layer_list, share_out
+from moeweave.parallel.tensor import plan_of
 
 
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
     """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
     parsed = Plan.from_dict(plan)
-    check_axes(mesh.sizes())
     _check_topology(plan.get("topology"))
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
     blocks = find_moe_blocks(built)
     if mesh.ep > 1 and not blocks:
         raise ConfigError(f"mesh.ep={mesh.ep}: {type(built).__name__} has no experts to share out. Set mesh.ep=1.")
+    sizes = mesh.sizes()
     for block in blocks:
-        mesh.sizes().check_experts(block.num_experts, block.path)
+        sizes.check_experts(block.num_experts, block.path)
         check_codec_width(block, parsed)
-    if shares_sequence(mesh.sizes(), parsed):
-        check_sequence(built, blocks, mesh.sizes(), parsed)
+        if sizes.etp > 1:
+            check_width(block, sizes.etp, sizes.edp)
+    if sizes.tp > 1:
+        plan_of(built, blocks, sizes.tp)
+    if shares_sequence(sizes, parsed):
+        check_sequence(built, blocks, sizes, parsed)
+    if sizes.pp > 1:
+        share_out([0] * len(layer_list(built, blocks)), Layout(parsed.schedule, sizes.pp).num_stages, 0, 0)
     return built
 
 

@@ -38,6 +38,7 @@ from moeweave.parallel.checkpoint_files import (
     stored_tensors,
     write_manifest,
 )
+from moeweave.parallel.checkpoint_pieces import LoadPlanner, SavePlanner
 from moeweave.parallel.hf.conversion import blueprint, computed_buffers, is_hugging_face
 from moeweave.parallel.hf.files import is_weights_folder
 from moeweave.parallel.hf.reader import load_weights
@@ -251,12 +252,14 @@ def _gather_manifest(
 def _write_tensors(staged: Path, state: dict[str, Tensor]) -> None:
     # A name that several ranks have whole is written by one, the others' shards by their ranks.
     with _plain_failures(f"the checkpoint could not be written to {staged.parent}"):
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(staged), no_dist=not dist.is_initialized())
+        writer = dcp.FileSystemWriter(staged)
+        dcp.save(state, storage_writer=writer, planner=SavePlanner(), no_dist=not dist.is_initialized())
 
 
 def _read_tensors(folder: Path, state: dict[str, Tensor]) -> None:
     with _plain_failures(f"{folder} could not be read"):
-        dcp.load(state, storage_reader=Reader(folder), no_dist=not dist.is_initialized())
+        reader = Reader(folder)
+        dcp.load(state, storage_reader=reader, planner=LoadPlanner(), no_dist=not dist.is_initialized())
 
 
 @contextmanager

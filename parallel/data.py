@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.expert import expert_list
@@ -41,18 +41,19 @@ def repeated_blocks(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]
 
 def splits_tokens(mesh: Mesh) -> bool:
     """Whether a rank's experts see other tokens than its dense part, so that their gradients are reduced apart."""
-    return mesh.sizes.ep > 1 or mesh.sizes.tp > 1
+    return mesh.sizes.ep > 1 or mesh.sizes.tp > 1 or mesh.sizes.etp > 1
 
 
 def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
-    """Shard or replicate `model`, in place. Experts of split tokens (ep, tp) go over their own copies only."""
+    """Shard or replicate `model`, in place. Experts of split tokens (ep, tp, etp) go over their own copies only."""
     sharded = [block for block in blocks if splits_tokens(mesh)]
     own = {id(param): param for block in sharded for param in _own_params(block)}
     # Parameters inside an experts module that all experts share (a norm after them): dense, but each rank's gradient
     # covers the rows of its own experts only, so it is summed over data ranks apart from the enclosing group.
     shared = [p for block in sharded for p in block.experts.parameters() if id(p) not in own]
     for param in shared:
-        _reduce_gradient(param, mesh.token_group, mesh.loss_size)
+        # Ranks that share an expert's width see the same rows.
+        _reduce_gradient(param, mesh.token_group, mesh.loss_size * mesh.sizes.etp)
     apart = set(shared)
     copies = mesh.sizes.edp * mesh.sizes.dp_replicate
     if plan.data == "fsdp2" and copies > 1:
@@ -94,6 +95,10 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
         # dim 0 holds num_experts / ep experts here. Where the copies do not divide it, empty shards would break saving.
         local_shape = param.to_local().shape if isinstance(param, DTensor) else param.shape
         even = [dim for dim, size in enumerate(local_shape) if size % edp == 0]
+        if mesh.sizes.etp > 1 and isinstance(param, DTensor):
+            # DTensor cannot put together a tensor sharded twice along a dim and in two pieces along another.
+            taken = {one.dim for one in param.placements if not isinstance(one, Replicate)}  # type: ignore[attr-defined]
+            even = [dim for dim in even if dim not in taken] or even
         return Shard(even[0]) if even else None
 
     def divide(grads: Tensor) -> None:
@@ -147,3 +152,42 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         engine.set_requires_gradient_sync(True)
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Under pp a parameter is gathered once a step and not once a micro-batch; `reduce_gradients` ends the step."""
+    for module in _fsdp_modules(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
+        module.set_requires_gradient_sync(False, recurse=False)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Reduce what backward passes since the last call left in the gradients of gathered parameters, and shard both.
+
+    A pipeline's schedule may compute gradients of weights apart from those of inputs, where FSDP's hooks do not see
+    them; torch's own runtime ends a step like this too (`perform_reduce_grad` of its stages).
+    """
+    states = []
+    for module in _fsdp_modules(model):
+        module.set_requires_gradient_sync(True, recurse=False)
+        module.set_reshard_after_backward(True, recurse=False)
+        states.append(module._get_fsdp_state())
+    for state in states:
+        # torch 2.11 has one group of parameters a module.
+        for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+            group.post_backward()
+    for state in states:
+        if state._is_root:
+            state._root_post_backward_final_callback()
+    keep_gathered(model)
+
+
+def shard_again(model: nn.Module) -> None:
+    """Free what `keep_gathered` keeps, after a step without gradients."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

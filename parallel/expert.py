@@ -6,7 +6,7 @@ Each rank of the mesh axis `ep` keeps a contiguous block of the experts. A call 
     2. experts    this rank's, on rows sorted by expert (one grouped GEMM a projection where the layout is known)
     3. combine    the weighted sum back on the tokens' ranks
 
-Parameters become DTensors, Shard(0) over `ep`, under their own names.
+Parameters become DTensors, Shard(0) over `ep` and by columns over `etp`, under their own names.
 
 Legend: T tokens here, K routes a token, D width, R rows here, E experts, e experts of this rank.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from moeweave.comm.codec import Codec, num_scales
 from moeweave.comm.dispatch import TokenDispatcher
@@ -31,6 +31,7 @@ from moeweave.moe.balance import apply_capacity, load
 from moeweave.moe.experts import ExpertWeights, local_experts
 from moeweave.moe.layer import accumulate, unflatten
 from moeweave.parallel.adapter import MoEBlock, is_gated
+from moeweave.parallel.expert_width import ExpertWidth, placements_of, slice_of
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.span import current_span
@@ -41,24 +42,34 @@ Delta = Callable[[Tensor, int, int], Tensor]
 
 
 def shard_experts(block: MoEBlock, mesh: Mesh) -> None:
-    """Keep this rank's block of the experts: slices as DTensors over `ep`, or the ModuleList entries it owns.
+    """Keep this rank's block of the experts: slices as DTensors over `ep` and `etp`, or the ModuleList entries it owns.
 
     Raises:
         ValueError: the number of experts does not divide over `ep`.
     """
     mesh.sizes.check_experts(block.num_experts, block.path or type(block.experts).__name__)
-    if mesh.sizes.ep == 1:
+    if mesh.sizes.ep == 1 and mesh.sizes.etp == 1:
         return
-    ep_mesh = mesh.expert["ep"]
     if block.kind == "modulelist":
-        _drop_remote(block, ep_mesh.get_local_rank(), ep_mesh.size())
+        _drop_remote(block, mesh.expert.get_local_rank("ep"), mesh.sizes.ep)
         return
+    ep, etp = mesh.sizes.ep, mesh.sizes.etp
+    widths = placements_of(block, etp) if etp > 1 else {}
+    expert_mesh = mesh.expert["ep", "etp"] if etp > 1 else mesh.expert["ep"]
     for name in block.params:
         param = block.experts.get_parameter(name)
-        sharded = distribute_tensor(param.detach(), ep_mesh, [Shard(0)], src_data_rank=None)
-        # A clone: the slice would keep the whole parameter alive.
-        local = sharded.to_local().clone(memory_format=torch.contiguous_format)
-        sharded = DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
+        local = param.detach().chunk(ep)[mesh.expert.get_local_rank("ep")]
+        if etp > 1:
+            local = slice_of(local, widths[name], mesh.expert.get_local_rank("etp"), etp)
+        sharded = DTensor.from_local(
+            # A clone: the slice would keep the whole parameter alive.
+            local.clone(memory_format=torch.contiguous_format),
+            expert_mesh,
+            [Shard(0), widths[name]] if etp > 1 else [Shard(0)],
+            run_check=False,
+            shape=param.shape,
+            stride=param.stride(),
+        )
         block.experts.register_parameter(name, nn.Parameter(sharded, requires_grad=param.requires_grad))
 
 
@@ -99,6 +110,7 @@ class ExpertCall:
         kept_E: like load_E, after capacity dropped some; stays zero without a capacity.
         deltas: by parameter name, what low-rank adapters add to this rank's slice.
         shares: how tp ranks, which all hold the same tokens, share them out; None without tp.
+        width: the ranks that share each expert's width; None without etp.
         masked: while True this rank's tokens are routed nowhere; it only serves the other ranks' rows.
     """
 
@@ -114,6 +126,7 @@ class ExpertCall:
         self.deltas: dict[str, Delta] = {}
         self.masked = False
         self.shares: TokenShares | None = TokenShares(mesh.dense["tp"]) if mesh.sizes.tp > 1 else None
+        self.width = ExpertWidth(mesh.group("etp"), block) if mesh.sizes.etp > 1 else None
         self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)
         self.kept_E = torch.zeros_like(self.load_E)
         self.step_E = torch.zeros_like(self.load_E)
@@ -134,13 +147,24 @@ class ExpertCall:
         if shares is not None:
             start, end = shares.bounds(num_tokens)
             x_TD, ids_TK, weights_TK = shares.take(x_TD), ids_TK[start:end], shares.take(weights_TK)
-        dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-        rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
-        y_TD = self.dispatcher.combine(rows_RD, weights_TK, dispatched)
+        y_TD = (self._of_group if self.width is not None else self._routed)(x_TD, ids_TK, weights_TK)
         y_TD = y_TD.to(hidden.dtype)
         if shares is not None:
             y_TD = shares.join(y_TD, num_tokens)
         return unflatten(y_TD, hidden.shape)
+
+    def _routed(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
+        return self.dispatcher.combine(rows_RD, weights_TK, dispatched)
+
+    def _of_group(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """`_routed` of the tokens of all ranks that share the experts' width; this rank's own outputs."""
+        width = self.width
+        assert width is not None
+        sizes = width.sizes(x_TD)
+        x_tD, weights_tK = width.gather(x_TD, sizes), width.gather_weights(weights_TK, sizes)
+        return width.reduce(self._routed(x_tD, width.gather(ids_TK, sizes), weights_tK), sizes)
 
     def _routes(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights in the dispatcher's convention (-1 is not routed), counted, capacity applied."""
@@ -175,14 +199,20 @@ class ExpertCall:
         gated = is_gated(experts)
         up = "gate_up_proj" if gated else "up_proj"
         bias = experts.has_bias
+        up_bias, down_bias = (self._local(f"{name}_bias") if bias else None for name in (up, "down_proj"))
+        post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+        if self.width is not None:
+            up_bias = None if up_bias is None else self.width.own_columns(up_bias)
+            down_bias = None if down_bias is None else self.width.once(down_bias)
+            post_norm = None if post_norm is None else _after(self.width.sum_rows, post_norm)
         weights = ExpertWeights(
             gate_up=self._local(up),
             down=self._local("down_proj"),
-            gate_up_bias=self._local(f"{up}_bias") if bias else None,
-            down_bias=self._local("down_proj_bias") if bias else None,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
             is_transposed=experts.is_transposed,
             apply_gate=experts._apply_gate if gated else experts.act_fn,
-            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+            post_norm=post_norm,
         )
         return local_experts(weights, rows_RD.to(weights.gate_up.dtype), offsets_e, exact=True)
 
@@ -220,6 +250,10 @@ class ExpertCall:
             return expert(rows_ND)
         params = {name: param.to(dtype) for name, param in expert.named_parameters()}
         return torch.func.functional_call(expert, params, (rows_ND.to(dtype),))
+
+
+def _after(first: Callable[[Tensor], Tensor], then: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda rows: then(first(rows))
 
 
 def _seam_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

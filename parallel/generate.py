@@ -8,15 +8,17 @@ computes only what the others send it, until all ranks are done.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.record import Record
+from moeweave.parallel.staged_forward import generating, keeps_cache
 
 
 def install_lockstep(model: nn.Module, record: Record) -> None:
@@ -29,16 +31,47 @@ def install_lockstep(model: nn.Module, record: Record) -> None:
     def generate(*args: Any, **kwargs: Any) -> Any:
         # transformers' own lock step would compute dummy tokens through the experts, and needs equal kinds of calls.
         kwargs["synced_gpus"] = False
-        voting = model.register_forward_pre_hook(lambda *_: _any_active(True, record), prepend=True)
-        try:
-            with _named_by_its_source(type(model)):
-                generated = own(*args, **kwargs)
-        finally:
-            voting.remove()
-        _serve_until_all_done(model, record)
+        pipeline = record.pipeline
+        if pipeline is not None and not keeps_cache(pipeline):
+            kwargs["use_cache"] = False
+        with generating(pipeline) if pipeline is not None else nullcontext():
+            voting = model.register_forward_pre_hook(lambda *_: _any_active(True, record), prepend=True)
+            try:
+                with _named_by_its_source(type(model)), _one_stream_of_numbers(record.mesh):
+                    generated = own(*args, **kwargs)
+            finally:
+                voting.remove()
+            _serve_until_all_done(model, record)
         return generated
 
     vars(model)["generate"] = generate
+
+
+@contextmanager
+def _one_stream_of_numbers(mesh: Mesh) -> Iterator[None]:
+    """Ranks that share a batch (tp, sp, pp) sample the same tokens: by the random numbers of the first of them."""
+    axes = [axis for axis in ("tp", "sp", "pp") if getattr(mesh.sizes, axis) > 1]
+    first = all(mesh.dense.get_local_rank(axis) == 0 for axis in axes)
+    with torch.random.fork_rng(devices=_devices(mesh), device_type=mesh.device.type, enabled=not first):
+        for get, put in _generators(mesh):
+            state = get().to(mesh.device)
+            for axis in axes:
+                dist.broadcast(state, group=mesh.group(axis), group_src=0)
+            put(state.cpu())
+        yield
+
+
+def _generators(mesh: Mesh) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """Read and set the state of the CPU's generator, and of the device's."""
+    found: list[tuple[Any, Any]] = [(torch.get_rng_state, torch.set_rng_state)]
+    if mesh.device.type != "cpu":
+        module = getattr(torch, mesh.device.type)
+        found.append((module.get_rng_state, module.set_rng_state))
+    return found
+
+
+def _devices(mesh: Mesh) -> list[int]:
+    return [] if mesh.device.type == "cpu" else [mesh.device.index]
 
 
 @contextmanager

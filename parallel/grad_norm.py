@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from moeweave.parallel.names import copied_names
 from moeweave.parallel.record import Record, record_of
 
 
@@ -29,10 +30,11 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         raise ValueError(f"max_norm ({max_norm}) must be positive. Use float('inf') to measure without clipping.")
     record = record_of(model)
     named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
-    grads = [(grad, _is_rank_local(name, record)) for name, grad in named]
-    norm = _global_norm(grads, norm_type, record)
+    copies = copied_names(model)
+    counted = [(grad, _is_rank_local(name, record)) for name, grad in named if name not in copies]
+    norm = _global_norm(counted, norm_type, record)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for grad, _ in grads:
+    for _, grad in named:
         local = grad.to_local() if isinstance(grad, DTensor) else grad
         local.mul_(scale.to(local.device, local.dtype))
     return norm

@@ -22,6 +22,7 @@ from moeweave.parallel.aux_loss import global_aux_loss, sum_over_ranks, sums_ove
 from moeweave.parallel.data import no_sync
 from moeweave.parallel.record import Record, record_of
 from moeweave.parallel.span import Span, current_span
+from moeweave.parallel.vocabulary import split_logits
 
 IGNORED_LABEL = -100
 # transformers' losses that are means over labels: whether position s holds its own label (True) or s + 1 its (False).
@@ -111,7 +112,8 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     try:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
-            loss = loss_of(model(**part, **extra)) * share
+            with split_logits():
+                loss = loss_of(model(**part, **extra)) * share
             if last:
                 loss.backward()
             else:

@@ -54,9 +54,17 @@ def named_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def copied_names(model: nn.Module) -> dict[str, str]:
+    """Of weights that are copies of another pipeline stage's: name here -> name there."""
+    copies: dict[str, str] = vars(unwrap(model)).get("_moeweave_copies", {})
+    return copies
+
+
 def named_params(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by bare name; tied ones once, under their first name."""
-    return {bare_name(name): param for name, param in unwrap(model).named_parameters()}
+    """Parameters by bare name; tied ones once, under their first name, whichever pipeline stage has it."""
+    own = {bare_name(name): param for name, param in unwrap(model).named_parameters()}
+    copies = copied_names(model)
+    return {copies.get(name, name): param for name, param in own.items()}
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:

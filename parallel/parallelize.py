@@ -12,18 +12,19 @@ from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
 from moeweave.parallel.expert import ExpertCall, check_codec_width, install_expert_call, shard_experts
+from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
-from moeweave.parallel.mesh import Mesh, MeshSizes
-from moeweave.parallel.pipeline import Pipeline, refuse_generate
+from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.pipeline import Pipeline
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.sequence import SequenceSharing, install_sequence, shares_sequence
 from moeweave.parallel.stages import Cut, cut_model
-from moeweave.parallel.tensor import apply_tensor_parallel
+from moeweave.parallel.tensor import apply_tensor_parallel, plan_of
 
 logger = logging.getLogger("moeweave")
 
@@ -34,7 +35,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     Numbered as they happen:
         1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
         2. split attention, MLPs, embeddings and head over `tp`, share sequences over `sp`, if there are such axes
-        3. keep this rank's experts (DTensors over `ep`); dispatch, experts, combine take the place of the experts' call
+        3. keep this rank's experts (DTensors over `ep`, `etp`); dispatch, experts, combine replace the experts' call
         4. checkpoint activations if the plan says so
         5. shard or replicate the rest over the data ranks
         6. make `model(**batch).loss` the rank's share of the global loss
@@ -58,14 +59,14 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     """
     plan = plan or Plan()
     _refuse_wrapped(model)
-    check_axes(mesh.sizes)
     blocks = find_moe_blocks(model)
     if mesh.sizes.ep > 1 and not blocks:
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
     for block in blocks:
         mesh.sizes.check_experts(block.num_experts, block.path)
         check_codec_width(block, plan)
-    _refuse_with_tp(model, mesh, plan)
+    _refuse_with_tp(model, blocks, mesh, plan)
+    _refuse_with_etp(model, blocks, mesh)
     _refuse_with_sequence(mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
@@ -98,8 +99,6 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     install_lockstep(core, record)
     if cut is not None:
         record.pipeline = Pipeline(core, cut, layout, record, num_experts)
-        if hasattr(core, "generate"):
-            vars(core)["generate"] = refuse_generate
     if core is not model:
         call_with_hooks(core)
         vars(core)["_moeweave"] = record
@@ -122,11 +121,6 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
         raise ValueError("pp does not cut models that peft wraps. Set pp=1, or merge_and_unload() the adapters.")
     if mesh.loss_size > 1 and plan.data == "ddp":
         raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
-    if layout.splits_backward and (mesh.loss_size > 1 or plan.dtype is not None):
-        raise ValueError(
-            f"Plan.schedule ({plan.schedule!r}) computes gradients of weights past the hooks that reduce them over "
-            "data ranks. Use '1f1b', 'gpipe' or 'interleaved', or one data rank and no Plan.dtype."
-        )
     if plan.aux != "global":
         raise ValueError(f"Plan.aux ({plan.aux!r}) must be 'global' under pp ({mesh.sizes.pp}), or set pp=1.")
     if not hasattr(model, "base_model_prefix") and not getattr(model, "chained_layers", False):
@@ -161,8 +155,10 @@ def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pla
                 )
 
 
-def _refuse_with_tp(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
+def _refuse_with_tp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
     tp = mesh.sizes.tp
+    if tp > 1:
+        plan_of(model, blocks, tp)  # of the whole model, so that stages refuse alike
     if tp > 1 and plan.data == "ddp":
         raise ValueError(f"tp ({tp}) needs Plan(data='fsdp2'): DDP cannot hold split parameters.")
     if tp > 1 and base_model(model) is not model:
@@ -177,12 +173,18 @@ def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
         )
 
 
-def check_axes(sizes: MeshSizes) -> None:
-    """Raise ValueError for an axis that `parallelize` does not spread models over."""
-    if sizes.etp > 1:
-        raise ValueError(f"etp ({sizes.etp}) must be 1: parallelize composes pp, dp, dp_replicate, sp, tp and ep.")
-    if sizes.tp > 1 and sizes.pp > 1:
-        raise ValueError(f"tp ({sizes.tp}) must be 1 with pp ({sizes.pp}): stages cannot be split yet. Set one to 1.")
+def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> None:
+    etp = mesh.sizes.etp
+    if etp == 1:
+        return
+    if not blocks:
+        raise ValueError(f"etp ({etp}) needs experts, and {type(model).__name__} has none. Set etp=1.")
+    if base_model(model) is not model:
+        raise ValueError(
+            f"etp ({etp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split."
+        )
+    for block in blocks:
+        check_width(block, etp, mesh.sizes.edp)
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:

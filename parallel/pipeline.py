@@ -7,19 +7,23 @@ its gradient back along the stages: the loss is that of all layers of a micro-ba
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import inspect
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 from moeweave.parallel import aux_loss as aux_losses
 from moeweave.parallel import loss as losses
+from moeweave.parallel.data import keep_gathered, reduce_gradients
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout, make_schedule
+from moeweave.parallel.stage_ties import TiedGradients
 from moeweave.parallel.stages import Cut
+from moeweave.parallel.vocabulary import split_logits
 
 Step = dict[str, Any]
 
@@ -51,17 +55,37 @@ class Pipeline:
         self.parts: list[dict[str, Any]] = []
         self.share = 1.0
         self.aux_on = False
+        self.generating = False
+        self.width = _width(model)
+        self.takes_router_logits = "output_router_logits" in inspect.signature(model.forward).parameters
         self.steps: dict[tuple[Any, ...], Any] = {}
         for block in record.blocks:
             if block.router_path is not None:
                 model.get_submodule(block.router_path).register_forward_hook(self._see_router)
-        if isinstance(model, FSDPModule):
-            # Its backward is not entered through its outputs; it is freed at the end of a step instead.
-            model.set_reshard_after_backward(False, recurse=False)
+        keep_gathered(model)
+        self.tied = self._tied_gradients()
         model.register_forward_pre_hook(self._refuse_direct_call, prepend=True)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states between stages."""
+        return self.record.plan.torch_dtype or next(param.dtype for param in self.model.parameters())
+
+    def _tied_gradients(self) -> TiedGradients | None:
+        """For a rank with one of two stages that hold a tied weight; a rank with both has it once."""
+        tie, rank = self.cut.tie, self.record.mesh.dense.get_local_rank("pp")
+        first, last = (self.layout.rank_of(stage) for stage in (0, self.layout.num_stages - 1))
+        if tie is None or first == last or rank not in (first, last):
+            return None
+        if rank == last:
+            vars(self.model)["_moeweave_copies"] = {tie.copy: tie.weight}
+        param = self.model.get_parameter(tie.weight if rank == first else tie.copy)
+        if not param.requires_grad:
+            return None
+        return TiedGradients(param, last if rank == first else first, self.record.mesh.group("pp"))
+
     def _refuse_direct_call(self, *_: Any) -> None:
-        if not self.cut.border.running:
+        if not self.cut.border.running and not self.generating:
             raise RuntimeError(
                 f"{type(self.model).__name__} is cut into {self.layout.num_stages} stages: no rank can run it alone. "
                 "Call moeweave.forward_backward(model, batch, microbatches=...) on every rank."
@@ -107,7 +131,7 @@ class Pipeline:
             for layer in record.layers:
                 layer.aux_share = 1.0
         dist.all_reduce(total)
-        return total / record.mesh.loss_size
+        return total * self.layout.pp / record.mesh.world
 
     def _held(self, rows: int, length: int) -> int:
         """Positions that go between this rank's stages."""
@@ -134,17 +158,17 @@ class Pipeline:
         args = (indices.to(self.record.mesh.device),) if 0 in own else ()
         last = self.layout.num_stages - 1 in own
         options = {"target": indices, "losses": found} if last else {}
-        self.steps[key](*args, index=indices, return_outputs=False, **options)
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()
+        with self.tied.summed() if self.tied is not None else nullcontext():
+            self.steps[key](*args, index=indices, return_outputs=False, **options)
+            reduce_gradients(self.model)
         total = torch.zeros((), device=self.record.mesh.device)
         return sum((loss.detach().float() for loss in found), total)
 
     def _make_step(self, count: int, rows: int, width: int, aux_on: bool) -> Any:
         """Shapes are said beforehand: else torch's runtime would run a forward of its own to find them."""
         mesh, last = self.record.mesh, self.layout.num_stages - 1
-        dtype = self.record.plan.torch_dtype or next(p.dtype for p in self.model.parameters())
-        hidden = torch.empty(rows, width, _width(self.model), dtype=dtype, device="meta", requires_grad=True)
+        dtype = self.dtype
+        hidden = torch.empty(rows, width, self.width, dtype=dtype, device="meta", requires_grad=True)
         sums = torch.empty(2 * self.num_experts + 1, device="meta", requires_grad=True)
         between = (hidden, sums) if aux_on else (hidden,)
         index = (torch.empty(1, dtype=torch.int64, device="meta"),)
@@ -173,7 +197,7 @@ class Pipeline:
             self._hide_labels(batch)
         if self.aux_on:
             batch["output_router_logits"] = False
-        with self.cut.viewing(stage):
+        with self.cut.viewing(stage), split_logits():
             output = self.model(**batch)
         logits, sent = border.logits, border.sent
         border.received = border.sent = border.logits = None
@@ -205,11 +229,3 @@ def _width(model: nn.Module) -> int:
     if config is not None:
         return int(config.get_text_config().hidden_size)
     return int(vars(model)["_moeweave_width"])
-
-
-def refuse_generate(*_: Any, **__: Any) -> NoReturn:
-    """What `model.generate` is under pp."""
-    raise RuntimeError(
-        "generate needs the whole model on each rank's ep group, and pp has cut it into stages. Save it "
-        "(moeweave.save) and load it on a mesh with pp=1."
-    )

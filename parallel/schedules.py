@@ -31,16 +31,15 @@ class Layout:
     def num_stages(self) -> int:
         return self.pp * (1 if self.schedule in ("1f1b", "gpipe") else 2)
 
-    @property
-    def splits_backward(self) -> bool:
-        """Gradients of weights are computed apart from those of inputs, past the hooks of FSDP."""
-        return self.schedule in ("zero_bubble", "dualpipev")
-
     def stages_of(self, rank: int) -> list[int]:
         """Stages of the pp coordinate `rank`, in order."""
         if self.schedule == "dualpipev":
             return [rank, self.num_stages - 1 - rank]
         return list(range(rank, self.num_stages, self.pp))
+
+    def rank_of(self, stage: int) -> int:
+        """The pp coordinate that has `stage`."""
+        return next(rank for rank in range(self.pp) if stage in self.stages_of(rank))
 
     def check_microbatches(self, count: int) -> None:
         """Raise ValueError for a number of micro-batches that the schedule cannot run."""

@@ -18,20 +18,28 @@ from torch import Tensor, nn
 
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel
 from moeweave.parallel.schedules import Layout
+from moeweave.parallel.stage_ties import Tie, find_tie
 
 
 class Hole(nn.Module):
     """Where another stage has a layer, norm or head: hands its first argument on. Plain attributes (the kind of
-    attention, say) are the original's."""
+    attention, say) are the original's. In the place of layer `index` it counts the tokens in a cache of keys and
+    values, of which it keeps none."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, index: int | None = None) -> None:
         super().__init__()
+        self.index = index
         for name, value in vars(original).items():
             if not name.startswith("_") and isinstance(value, (str, int, float)):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else next(iter(kwargs.values()))
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        cache = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
+        if self.index is not None and cache is not None:
+            empty_BHSD = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(empty_BHSD, empty_BHSD, self.index)
+        return hidden
 
 
 @dataclass
@@ -47,11 +55,13 @@ class Border:
 class _Receives(Hole):
     """Gives the received hidden states whatever it is called with."""
 
-    def __init__(self, original: nn.Module, border: Border) -> None:
-        super().__init__(original)
+    def __init__(self, original: nn.Module, border: Border, index: int | None = None) -> None:
+        super().__init__(original, index)
         self.border = border
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.index is not None:
+            super().forward(*args, **kwargs)
         return self.border.received
 
 
@@ -71,8 +81,8 @@ class _Blank(_Receives):
 class _Sends(Hole):
     """Keeps the hidden states that it is called with."""
 
-    def __init__(self, original: nn.Module, border: Border) -> None:
-        super().__init__(original)
+    def __init__(self, original: nn.Module, border: Border, index: int) -> None:
+        super().__init__(original, index)
         self.border = border
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,10 +102,12 @@ class Cut:
         views: by stage, what stands at (parent, name) while that stage runs.
         parts: by stage, the modules with parameters that it runs.
         shares: by stage of the whole pipeline, its layers' indices.
+        tie: of the first stage's embeddings and the last one's head.
     """
 
     border: Border
     shares: list[range]
+    tie: Tie | None = None
     views: dict[int, list[tuple[nn.Module, str, nn.Module]]] = field(default_factory=dict)
     parts: dict[int, list[nn.Module]] = field(default_factory=dict)
 
@@ -118,17 +130,19 @@ def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: in
     """Keep the layers of this rank's stages, the embeddings with the first stage and the rest with the last, in place.
 
     Raises:
-        UnsupportedModel: no single list of layers, tied weights, parameters outside of modules that can be left out.
+        UnsupportedModel: no single list of layers, tied weights other than embeddings and head, parameters outside of
+            modules that can be left out.
         ValueError: fewer layers than stages.
     """
     layers = layer_list(model, blocks)
     _refuse_cross_layer(layers)
     before, after = _outside(model, layers)
-    _refuse_ties(model, layers, before, after)
+    units = [*layers, *(parent._modules[name] for parent, name in before + after)]
+    tie = find_tie(model, sorted(filter(None, units), key=lambda unit: type(unit) is not nn.Embedding))
     costs = [_cost(layer, blocks, top_k) for layer in layers]
     head_cost = sum(_cost(parent._modules[name], [], top_k) for parent, name in after)
     shares = share_out(costs, layout.num_stages, 0, head_cost)
-    cut = Cut(Border(), shares)
+    cut = Cut(Border(), shares, tie)
     last = layout.num_stages - 1
     mine = layout.stages_of(rank)
     originals = list(layers)
@@ -191,18 +205,8 @@ def _entry(index: int, share: range, layer: nn.Module, border: Border) -> nn.Mod
     if index in share:
         return layer
     if index == share.start - 1:
-        return _Receives(layer, border)
-    return _Sends(layer, border) if index == share.stop else Hole(layer)
-
-
-def refuse_folders(model: nn.Module) -> None:
-    """Raise ValueError for a model cut into stages: Hugging Face folders are read and written whole."""
-    record = vars(model).get("_moeweave")
-    if record is not None and record.mesh.sizes.pp > 1:
-        raise ValueError(
-            f"Hugging Face folders are not read or written under pp ({record.mesh.sizes.pp}). Use moeweave.save and "
-            "moeweave.load, or a mesh with pp=1."
-        )
+        return _Receives(layer, border, index)
+    return _Sends(layer, border, index) if index == share.stop else Hole(layer, index)
 
 
 def layer_list(model: nn.Module, blocks: list[MoEBlock]) -> nn.ModuleList:
@@ -257,19 +261,6 @@ def _refuse_cross_layer(layers: nn.ModuleList) -> None:
                 f"{type(layer).__name__} takes {', '.join(crossing)} from the layer before it, which a border between "
                 "stages does not carry. Set pp=1."
             )
-
-
-def _refuse_ties(model: nn.Module, layers: nn.ModuleList, before: Slots, after: Slots) -> None:
-    units = [*layers, *(parent._modules[name] for parent, name in before + after)]
-    seen: dict[int, int] = {}
-    for at, unit in enumerate(units):
-        for param in unit.parameters() if unit is not None else ():
-            if seen.setdefault(id(param), at) != at:
-                names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
-                raise UnsupportedModel(
-                    f"{' and '.join(names)} are one weight in parts of {type(model).__name__} that pp puts on "
-                    "different stages; they would drift. Build it with tie_word_embeddings=False, or set pp=1."
-                )
 
 
 def _cost(module: nn.Module | None, blocks: list[MoEBlock], top_k: int) -> int:

@@ -23,7 +23,7 @@ from torch import nn
 from moeweave.parallel.adapter import UnsupportedModel, find_moe_blocks
 from moeweave.parallel.footprint import Footprint, Unit, footprint, remote_ranks, stage_weights
 from moeweave.parallel.mesh import MeshSizes
-from moeweave.parallel.parallelize import check_axes, top_k_of
+from moeweave.parallel.parallelize import top_k_of
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.sequence import check_sequence
 from moeweave.parallel.stages import layer_list
@@ -183,16 +183,7 @@ def _meshes(
             for ep in _divisors(regrouped) if num_experts else [1]:
                 if num_experts and num_experts % ep:
                     continue
-                sizes = MeshSizes(dp=data // dp_replicate, tp=tp, pp=pp, sp=sp, ep=ep, dp_replicate=dp_replicate)
-                if _allowed(sizes):
-                    yield sizes
-
-
-def _allowed(sizes: MeshSizes) -> bool:
-    with suppress(ValueError):
-        check_axes(sizes)
-        return True
-    return False
+                yield MeshSizes(dp=data // dp_replicate, tp=tp, pp=pp, sp=sp, ep=ep, dp_replicate=dp_replicate)
 
 
 def estimate(

@@ -1,9 +1,11 @@
 """Tensor parallelism: attention, dense MLPs, shared experts, embeddings and the head, split over the mesh axis `tp`.
 
 torch's DTensor styles do the work: q, k, v, gate and up by columns, o and down by rows, the vocabulary of embeddings
-and head by rows, logits gathered. What is split is found by structure. Everything else (norms, routers, latent
-projections, forms this file does not know) is kept whole and computed on every tp rank alike, so its gradients are
-complete and equal there. Experts stay with `ep`: each tp rank routes its share of the tokens (`TokenShares`).
+and head by rows, logits gathered where somebody reads them. What is split is found by structure, and for attention with
+layers beside q, k and v by the model's own `base_model_tp_plan`. Everything else (norms, routers, latent projections,
+forms this file does not know) is kept whole and computed on every tp rank alike, so its gradients are complete and
+equal there. Attention that heads cannot be cut out of (sinks, norms over all heads) is computed whole too, between
+projections that are split. Experts stay with `ep`: each tp rank routes its share of the tokens (`TokenShares`).
 
 Worked example, `Mesh(tp=2)`, 4 query heads over 2 key heads: rank 0 holds query heads 0 and 1 with key head 0.
 
@@ -12,7 +14,9 @@ Legend: T tokens, t tokens of this tp rank, D width.
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from typing import Any
 
 import torch
@@ -24,7 +28,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel
 from moeweave.parallel.sums import SumForward, SumGradient, sum_param_gradients
 from moeweave.parallel.tensor_sequence import apply_tensor_sequence
+from moeweave.parallel.vocabulary import install_vocabulary_loss
 
+logger = logging.getLogger("moeweave")
 # A dense MLP's layers: split by columns, split by rows. One that has them is taken for an MLP.
 _MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate", "up", "down"), ("w1", "w3", "w2"))
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
@@ -43,13 +49,13 @@ def apply_tensor_parallel(
         sequence: the layers in which activations between matrix products are shards, under tp_sequence.
 
     Raises:
-        UnsupportedModel: nothing in the model can be split, or attention has parts that cannot.
+        UnsupportedModel: nothing in the model can be split.
         ValueError: heads or an MLP's width that tp does not divide; legal sizes are listed.
     """
     styles, attentions = plan_of(model, blocks, mesh.size())
     embedding, head = vocabulary(model, mesh.size())
-    tied = head is not None and head.weight is embedding.weight
-    inside = {} if sequence is None else apply_tensor_sequence(model, sequence, blocks, styles, mesh)
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    inside = {} if sequence is None else apply_tensor_sequence(model, sequence, blocks, (styles, attentions), mesh)
     styles |= inside
     parallelize_module(model, mesh, styles, src_data_rank=None)
     for path in styles:
@@ -59,24 +65,31 @@ def apply_tensor_parallel(
     if embedding is not None:
         _split_embedding(embedding, mesh)
     if head is not None:
-        parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()), src_data_rank=None)
+        parallelize_module(head, mesh, ColwiseParallel(), src_data_rank=None)
         _release_whole(head)
+        install_vocabulary_loss(model, head, mesh)
         if tied:
             head.weight = embedding.weight
 
 
 def plan_of(model: nn.Module, blocks: list[MoEBlock], tp: int) -> tuple[dict[str, ParallelStyle], list[nn.Module]]:
-    """Styles by path of the layers to split, and the attention modules they are in. Changes nothing."""
+    """Styles by path of the layers to split, and the attention modules whose heads are shared out. Changes nothing."""
     experts = {id(module) for block in blocks for module in block.experts.modules()}
     styles: dict[str, ParallelStyle] = {}
     attentions: list[nn.Module] = []
+    own = _own_plan(model)
     for path, module in model.named_modules():
         if id(module) in experts:
             continue
         prefix = f"{path}." if path else ""
         columns, rows = _split_of(module)
+        if rows == "o_proj" and (reason := _why_whole(module, own.get(_layer_path(path), {}))):
+            logger.info("%s (%s) is computed whole on every tp rank: it %s", path, type(module).__name__, reason)
+            styles |= {f"{prefix}{name}": style for name, style in _gathered(module, columns, tp).items()}
+            continue
         if rows == "o_proj":
-            _check_attention(path, module, tp)
+            columns += _head_gates(module, own.get(_layer_path(path), {}))
+            _check_heads(path, module, tp)
             attentions.append(module)
         elif rows:
             _check_size(f"the width of {path}", module.get_submodule(rows).in_features, tp)
@@ -108,27 +121,69 @@ def _split_of(module: nn.Module) -> tuple[list[str], str]:
     return [], ""
 
 
-def _check_attention(path: str, module: Any, tp: int) -> None:
-    """Raise unless every part of an attention module is known and its heads divide over tp."""
+def _own_plan(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The model's `base_model_tp_plan`, by module: {"layers.*.self_attn": {"q_proj": "colwise", ...}}."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return {}
+    plan = getattr(config.get_text_config(), "base_model_tp_plan", None) or {}
+    found: dict[str, dict[str, str]] = {}
+    for path, style in plan.items():
+        parent, _, name = path.rpartition(".")
+        found.setdefault(parent, {})[name] = style
+    return found
+
+
+def _layer_path(path: str) -> str:
+    """model.layers.3.self_attn -> layers.*.self_attn"""
+    return re.sub(r"\.\d+(?=\.)", ".*", path[path.find("layers.") :] if "layers." in path else path)
+
+
+def _head_gates(module: nn.Module, own: dict[str, str]) -> list[str]:
+    """Layers beside q, k and v that the model's own plan splits by columns: gates of the heads' outputs."""
+    return [
+        name
+        for name, child in module.named_children()
+        if own.get(name) == "colwise" and type(child) is nn.Linear and name not in _COLUMNS
+    ]
+
+
+def _why_whole(module: Any, own: dict[str, str]) -> str | None:
+    """Why an attention module's heads cannot be shared out, or None if they can."""
     held = {name.partition(".")[0] for name, _ in module.named_parameters()}
-    if unknown := sorted(held - {*_COLUMNS, *_LATENT, *_HEAD_NORMS, "o_proj"}):
-        raise UnsupportedModel(
-            f"{path} ({type(module).__name__}) has {', '.join(unknown)}, which tp ({tp}) cannot split. Set tp=1."
-        )
+    if unknown := sorted(held - {*_COLUMNS, *_LATENT, *_HEAD_NORMS, *_head_gates(module, own), "o_proj"}):
+        return f"has {', '.join(unknown)}"
     latent = "kv_b_proj" in held
     if not latent and not {"q_proj", "k_proj", "v_proj"} <= held:
-        raise UnsupportedModel(
-            f"{path} ({type(module).__name__}) shares or fuses queries, keys or values, which tp ({tp}) cannot split. "
-            "Set tp=1."
-        )
+        return "shares or fuses queries, keys or values"
     width = getattr(module, "qk_head_dim" if latent else "head_dim", None)
-    value = getattr(module, "v_head_dim", width)
-    if not isinstance(width, int) or not isinstance(value, int):
-        raise UnsupportedModel(f"{path} ({type(module).__name__}) does not say its head_dim. Set tp=1.")
+    if not isinstance(width, int) or not isinstance(getattr(module, "v_head_dim", width), int):
+        return "does not say its head_dim"
     for name in _HEAD_NORMS:
         if name in held and any(param.shape[-1] != width for param in getattr(module, name).parameters()):
-            raise UnsupportedModel(f"{path}.{name} normalizes over all heads, which tp ({tp}) splits. Set tp=1.")
-    heads = module.o_proj.in_features // value
+            return f"normalizes over all heads ({name})"
+    if any("gather" in style for style in own.values()):
+        return "is gathered by its own plan"
+    return None
+
+
+def _gathered(module: Any, columns: list[str], tp: int) -> dict[str, ParallelStyle]:
+    """Styles of attention that is computed whole: projections split where tp divides them, their outputs gathered."""
+    styles: dict[str, ParallelStyle] = {
+        name: ColwiseParallel(output_layouts=Replicate())
+        for name in columns
+        if getattr(module, name).out_features % tp == 0
+    }
+    if module.o_proj.in_features % tp == 0:
+        styles["o_proj"] = RowwiseParallel(input_layouts=Replicate())
+    return styles
+
+
+def _check_heads(path: str, module: Any, tp: int) -> None:
+    """Raise unless the heads of an attention module divide over tp."""
+    latent = hasattr(module, "kv_b_proj")
+    width = module.qk_head_dim if latent else module.head_dim
+    heads = module.o_proj.in_features // getattr(module, "v_head_dim", width)
     if not latent:
         heads = math.gcd(heads, module.q_proj.out_features // width, module.k_proj.out_features // width)
     _check_size(f"the heads of {path}, queries and keys alike", heads, tp)
@@ -173,11 +228,12 @@ def _localize_heads(attention: Any, mesh: DeviceMesh, sums: bool = True) -> None
 
 def vocabulary(model: Any, tp: int) -> tuple[Any, Any]:
     """Input embedding and output head of a Hugging Face model, None where it stays whole: a class of its own, a
-    vocabulary that tp does not divide, or tied to one that stays whole."""
+    vocabulary that tp does not divide, tied to one that stays whole, or on another pipeline stage."""
     if not hasattr(model, "get_input_embeddings"):
         return None, None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = embedding is not None and head is not None and embedding.weight is head.weight
+    weights = [getattr(module, "weight", None) for module in (embedding, head)]
+    tied = weights[0] is not None and weights[0] is weights[1]
     splits = type(embedding) is nn.Embedding and embedding.num_embeddings % tp == 0 and embedding.max_norm is None
     head_splits = type(head) is nn.Linear and head.out_features % tp == 0
     if tied and not (splits and head_splits):

@@ -31,22 +31,28 @@ def apply_tensor_sequence(
     model: nn.Module,
     layers: nn.ModuleList,
     blocks: list[MoEBlock],
-    styles: dict[str, ParallelStyle],
+    plan: tuple[dict[str, ParallelStyle], list[nn.Module]],
     mesh: DeviceMesh,
 ) -> dict[str, ParallelStyle]:
     """Prepare `layers` for shards; returns the styles, by path, that take the place of those in them.
 
+    Args:
+        plan: styles of the whole model, by path, and the attention modules whose heads are shared out.
+
     Raises:
         UnsupportedModel: attention that tp does not split would see a part of the sequence only.
     """
+    styles, attentions = plan
+    shared = {id(module) for module in attentions}
     inside = {id(module) for module in layers.modules()}
     mine = {path: style for path, style in styles.items() if id(model.get_submodule(path)) in inside}
     parents = {path.rpartition(".")[0] for path in mine}
     for path, module in model.named_modules():
-        if id(module) in inside and path not in parents and is_attention(module):
+        attends = is_attention(module) or f"{path}.o_proj" in mine
+        if id(module) in inside - shared and attends:
             raise UnsupportedModel(
-                f"{path} ({type(module).__name__}) is not split by tp, so it would see a part of the sequence. Use "
-                "Plan(tp_sequence=False)."
+                f"{path} ({type(module).__name__}) has heads that tp does not share out, so it would see a part of the "
+                "sequence. Use Plan(tp_sequence=False)."
             )
     for path in parents:
         _gather_input(model.get_submodule(path))

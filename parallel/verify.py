@@ -20,6 +20,7 @@ from moeweave.parallel.aux_loss import balances
 from moeweave.parallel.grad_norm import clip_grad_norm_
 from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of, split
 from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.names import named_params
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 
@@ -103,7 +104,7 @@ def gradient_parity(
     dtype = plan.torch_dtype or next(p.dtype for p in reference.parameters() if p.is_floating_point())
     wanted = {name: param.grad for name, param in reference.named_parameters()}
     local: dict[str, float] = {}
-    for name, param in wrapped.named_parameters():
+    for name, param in named_params(wrapped).items():
         want = wanted[name]
         if param.grad is None and want is None:
             continue

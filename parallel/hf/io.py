@@ -28,10 +28,9 @@ from moeweave.parallel.hf.peft_files import has_adapters, write_adapters
 from moeweave.parallel.hf.reader import load_weights
 from moeweave.parallel.hf.writer import describe, plan_layout, write_index, write_share
 from moeweave.parallel.mesh import Mesh
-from moeweave.parallel.names import model_class, named_params, named_state, tied_groups, unwrap
+from moeweave.parallel.names import copied_names, model_class, named_params, named_state, tied_groups, unwrap
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
-from moeweave.parallel.stages import refuse_folders
 from moeweave.parallel.staging import publish, settle, stage
 
 logger = logging.getLogger("moeweave")
@@ -106,13 +105,13 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: int |
         CheckpointError: the folder cannot be written; a size that is none.
     """
     model, folder = unwrap(model), Path(path)
-    refuse_folders(model)
     if has_adapters(model):
         return _save_adapters(model, folder)
     with together():
         max_bytes = _size_in_bytes(max_shard_size)
         twin = blueprint(model) if is_hugging_face(model) else None
         dropped = {name for names in tied_groups(model) for name in _copies(names, twin)}
+        dropped |= set(copied_names(model))
         dropped |= set() if twin is None else ignored_on_save(twin)
         state = {name: tensor for name, tensor in named_state(model).items() if name not in dropped}
     staged = stage(folder)

@@ -24,8 +24,7 @@ from moeweave.parallel.hf.conversion import (
 from moeweave.parallel.hf.files import WeightsFolder
 from moeweave.parallel.hf.peft_files import has_adapters
 from moeweave.parallel.materialize import materialize, on_meta
-from moeweave.parallel.names import listed, model_class, named_state, tied_groups, unwrap
-from moeweave.parallel.stages import refuse_folders
+from moeweave.parallel.names import copied_names, listed, model_class, named_state, tied_groups, unwrap
 
 logger = logging.getLogger("moeweave")
 
@@ -40,7 +39,6 @@ def load_weights(path: Path, model: nn.Module, device: torch.device | str) -> No
         CheckpointError: a damaged folder; names that the folder lacks; another shape; tied weights that differ.
     """
     model = unwrap(model)
-    refuse_folders(model)
     with together():
         if has_adapters(model):
             raise CheckpointError(
@@ -50,6 +48,9 @@ def load_weights(path: Path, model: nn.Module, device: torch.device | str) -> No
         folder = WeightsFolder(path)
         twin = blueprint(model) if is_hugging_face(model) else None
         reading = _by_name(folder) if twin is None else plan_reading(twin, folder.sources, folder.path)
+        for here, there in copied_names(model).items():
+            if here not in reading.values and there in reading.values:
+                reading.values[here], reading.keys[here] = reading.values[there], reading.keys[there]
         _check_fit(model, folder, reading, (lambda name: False) if twin is None else ignorable(twin, "missing"))
         if on_meta(model):
             materialize(model, device, {} if twin is None else computed_buffers(twin))

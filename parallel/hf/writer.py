@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from moeweave.parallel.agreement import agree, everyones, rank
+from moeweave.parallel.agreement import CheckpointError, agree, everyones, rank
 from moeweave.parallel.hf.boxes import Box, box_slices, contains, local_pieces, placed_boxes, shift, whole
 from moeweave.parallel.hf.files import INDEX, WEIGHTS
 from moeweave.parallel.hf.lazy import LazySource, LazyTensor
@@ -97,6 +97,7 @@ def plan_layout(export: Export, max_bytes: int) -> Layout:
     keys = sorted(disk, key=lambda key: (max(order[name] for name in needs[key]), key))
     held = {name: held_boxes(tensor) for name, tensor in export.state.items()}
     holders = everyones(bytes(_can_write(disk[key], held) for key in keys))
+    havers = everyones(bytes(needs[key] <= export.state.keys() for key in keys))
     load = [0] * len(holders)
     own: list[list[str]] = [[] for _ in holders]
     gather_all: set[str] = set()
@@ -104,7 +105,10 @@ def plan_layout(export: Export, max_bytes: int) -> Layout:
         able = [r for r, mask in enumerate(holders) if mask[at]]
         if not able:
             gather_all |= needs[key]
-            able = list(range(len(holders)))
+            # Under pp a parameter is on the ranks of one stage.
+            able = [r for r, mask in enumerate(havers) if mask[at]]
+            if not able:
+                raise CheckpointError(f"{key} is made of parameters of several pipeline stages: {sorted(needs[key])}.")
         writer = min(able, key=lambda r: load[r])
         load[writer] += _bytes(disk[key])
         own[writer].append(key)

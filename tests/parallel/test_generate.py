@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hf_zoo
 import moeweave as mw
 from hf_zoo import ZOO
 from run_ranks import run_ranks
@@ -45,3 +46,59 @@ def test_unequal_lengths_end_together_with_the_right_tokens(name, ranks, sizes, 
         # Ranks that were done early served the others with no token of their own: a route for every token seen, top-2.
         rows, seen = got.shape[0], got.shape[1] - 1
         assert load == [2 * rows * seen] * len(load)
+
+
+def on_ranks(name: str, sizes: dict, schedule: str, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the wrapped model and of one process; a row is padded on the left, data ranks have other lengths."""
+    mesh = mw.Mesh(**sizes)
+
+    def build() -> torch.nn.Module:
+        return hf_zoo.build(name, num_hidden_layers=4).eval()
+
+    model, solo = mw.parallelize(build(), mesh, mw.Plan(schedule=schedule)), build()
+    ids = prompt(mesh.data_rank)
+    mask = torch.ones_like(ids)
+    ids[-1, 0], mask[-1, 0] = 0, 0
+    options = {"do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": 0, **options}
+    found = []
+    for each in (model, solo):
+        each.config.output_router_logits = False
+        first = all(mesh.dense.get_local_rank(axis) == 0 for axis in ("pp", "tp"))
+        torch.manual_seed(mesh.data_rank if first or each is solo else 100 + mesh.rank)
+        found.append(each.generate(ids, attention_mask=mask, max_new_tokens=3 + 4 * mesh.data_rank, **options))
+        assert each is solo or first or torch.initial_seed() == 100 + mesh.rank
+    return found[0], found[1]
+
+
+MESHES = {
+    "pp2": {"pp": 2},
+    "dp2-pp2": {"dp": 2, "pp": 2},
+    "dp2-pp2-ep2": {"dp": 2, "pp": 2, "ep": 2},
+    "dp2-tp2": {"dp": 2, "tp": 2},
+    "dp2-tp2-ep4": {"dp": 2, "tp": 2, "ep": 4},
+    "pp2-tp2-ep2": {"pp": 2, "tp": 2, "ep": 2},
+    "dp2-etp2": {"dp": 2, "etp": 2},
+}
+SAMPLING = {"do_sample": True, "top_k": 0, "temperature": 1.5}
+CASES = [
+    *(("mixtral", mesh, "1f1b", {}) for mesh in MESHES),
+    ("deepseek_v3", "dp2-pp2-ep2", "1f1b", {}),
+    ("deepseek_v3", "dp2-tp2-ep4", "1f1b", {}),
+    ("gpt_oss", "pp2", "1f1b", {}),
+    ("mixtral", "pp2", "dualpipev", {}),
+    ("mixtral", "pp2", "interleaved", {}),
+    ("mixtral", "pp2-tp2-ep2", "1f1b", SAMPLING),
+    ("mixtral", "pp2", "1f1b", {"num_beams": 3}),
+    pytest.param("qwen3_moe", "all", "1f1b", {}, marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", "all", "1f1b", {}, marks=pytest.mark.slow),
+    pytest.param("mixtral", "pp4", "1f1b", {}, marks=pytest.mark.slow),
+]
+MESHES |= {"all": {"dp": 2, "pp": 2, "tp": 2, "ep": 2, "etp": 2}, "pp4": {"pp": 4}}
+
+
+@pytest.mark.parametrize(("name", "mesh", "schedule", "options"), CASES)
+def test_tokens_on_every_mesh_are_those_of_one_process(name, mesh, schedule, options):
+    sizes = MESHES[mesh]
+    ranks = sizes.get("dp", 1) * sizes.get("pp", 1) * sizes.get("tp", 1)
+    for got, want in run_ranks(ranks, on_ranks, name, sizes, schedule, options):
+        assert torch.equal(got, want)

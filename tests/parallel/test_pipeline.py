@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import hf_zoo
 import plain_models
 from moeweave.parallel.checkpoint import load, save
-from moeweave.parallel.hf.io import save_pretrained
+from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
 from moeweave.parallel.loss import forward_backward
 from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.names import named_params
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.schedules import Layout
@@ -50,14 +52,66 @@ def test_parity_of_all_schedules_on_two_stages(name: str) -> None:
     check(name, PP2, ["1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev"])
 
 
-@pytest.mark.parametrize("sizes", [PP2_DP2, PP2_EP2], ids=["dp", "ep"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sizes", [pytest.param(PP2_DP2, marks=pytest.mark.slow), PP2_EP2], ids=["dp", "ep"])
+@pytest.mark.parametrize("name", [pytest.param(each, marks=pytest.mark.slow) for each in MODELS[:2]] + MODELS[2:])
 def test_parity_with_data_and_expert_ranks(name: str, sizes: dict[str, int]) -> None:
-    check(name, sizes, ["1f1b", "gpipe", "interleaved"])
+    check(name, sizes, ["1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev"])
 
 
-def step_and_count(schedule: str) -> tuple[int, str, str]:
-    """Dispatches of one step on this rank; what a direct call, and generate, say."""
+def tied(schedule: str, sizes: dict[str, int]) -> tuple[ParityReport, list[bool]]:
+    """The proof, and whether first and last stage have the same weight after two clipped steps."""
+    mesh = Mesh(**sizes)
+    build = partial(hf_zoo.build, "qwen3_moe", num_hidden_layers=4, tie_word_embeddings=True)
+    make_batch = partial(hf_zoo.make_batch, "qwen3_moe", rows=4)
+    model = parallelize(build(), mesh, Plan(schedule=schedule))
+    optimizer = torch.optim.AdamW(param_groups(model, lr=0.01))
+    for step in range(2):
+        forward_backward(model, make_batch(mesh.data_rank + 10 * step), 4)
+        forward_backward(model, make_batch(mesh.data_rank + 20 * step), 4)  # accumulated
+        clip_grad_norm_(model, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    mine = [p for name, p in named_params(model).items() if name == "model.embed_tokens.weight"]
+    weights = [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in mine]
+    found: list[Any] = [None] * mesh.world
+    torch.distributed.all_gather_object(found, weights)
+    every = [weight for each in found for weight in each]
+    report = gradient_parity(build, make_batch, mesh, Plan(schedule=schedule))
+    return report, [torch.equal(weight, every[0]) for weight in every]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sizes"),
+    [("1f1b", PP2), ("dualpipev", PP2), ("zero_bubble", PP2_EP2), ("1f1b", dict(pp=2, tp=2))],
+    ids=["1f1b", "dualpipev", "dp-ep", "tp"],
+)
+def test_embeddings_tied_to_the_head_stay_equal_and_count_once(schedule: str, sizes: dict[str, int]) -> None:
+    ranks = sizes["pp"] * sizes.get("dp", 1) * sizes.get("tp", 1)
+    for report, same in run_ranks(ranks, tied, schedule, sizes):
+        assert report.worst <= 1e-5, (report.worst_name, report.worst)
+        assert report.norm_error <= 1e-6
+        assert len(same) >= ranks // sizes["pp"]
+        assert all(same)
+
+
+def accumulated(schedule: str) -> list[float]:
+    """Relative difference of the gradients of two steps and twice those of one."""
+    mesh = Mesh(pp=2, dp=2)
+    model = parallelize(hf_zoo.build("mixtral", num_hidden_layers=4), mesh, Plan(schedule=schedule))
+    batch = hf_zoo.make_batch("mixtral", mesh.data_rank, rows=4)
+    forward_backward(model, batch, 4)
+    once = {name: param.grad.clone() for name, param in model.named_parameters()}
+    forward_backward(model, batch, 4)
+    return [float((param.grad - 2 * once[name]).norm() / once[name].norm()) for name, param in model.named_parameters()]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_gradients_accumulate_over_steps(schedule: str) -> None:
+    assert max(max(errors) for errors in run_ranks(4, accumulated, schedule)) <= 1e-6
+
+
+def step_and_count(schedule: str) -> tuple[int, str]:
+    """Dispatches of one step on this rank; what a direct call says."""
     mesh = Mesh(pp=2)
     model = parallelize(hf_zoo.build("mixtral", num_hidden_layers=4), mesh, Plan(schedule=schedule))
     count = 0
@@ -76,21 +130,16 @@ def step_and_count(schedule: str) -> tuple[int, str, str]:
         call.dispatcher = Counting()
     batch = hf_zoo.make_batch("mixtral", 0, rows=4)
     forward_backward(model, batch, microbatches=4)
-    said = []
-    for attempt in (lambda: model(**batch), lambda: model.generate(batch["input_ids"])):
-        with pytest.raises(RuntimeError) as error:
-            attempt()
-        said.append(str(error.value))
-    return count, said[0], said[1]
+    with pytest.raises(RuntimeError) as error:
+        model(**batch)
+    return count, str(error.value)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "dualpipev"])
 def test_no_forward_but_the_steps_own(schedule: str) -> None:
     found = run_ranks(2, step_and_count, schedule)
-    assert sum(count for count, _, _ in found) == 4 * 4  # layers x micro-batches
-    for _, called, generated in found:
-        assert "forward_backward" in called
-        assert "pp=1" in generated
+    assert sum(count for count, _ in found) == 4 * 4  # layers x micro-batches
+    assert all("forward_backward" in called for _, called in found)
 
 
 def names_and_checkpoint(path: str) -> tuple[list[str], bool, float, float]:
@@ -128,12 +177,11 @@ def refused(name: str, overrides: dict[str, Any], plan: dict[str, Any], microbat
 @pytest.mark.parametrize(
     "overrides, plan, microbatches, words",
     [
-        (dict(tie_word_embeddings=True), {}, 2, "tie_word_embeddings=False"),
         ({}, dict(schedule="interleaved"), 2, "1 to 2"),
         ({}, {}, 1, "at least 2"),
         ({}, {}, 3, "divide over the micro-batches"),
     ],
-    ids=["tied", "too few layers", "too few micro-batches", "rows"],
+    ids=["too few layers", "too few micro-batches", "rows"],
 )
 def test_what_is_refused(overrides: dict[str, Any], plan: dict[str, Any], microbatches: int, words: str) -> None:
     with pytest.raises(RankError) as error:
@@ -174,12 +222,3 @@ def test_layers_are_shared_out_by_cost() -> None:
 def test_stages_of_ranks() -> None:
     assert [Layout("interleaved", 2).stages_of(rank) for rank in range(2)] == [[0, 2], [1, 3]]
     assert [Layout("dualpipev", 2).stages_of(rank) for rank in range(2)] == [[0, 3], [1, 2]]
-
-
-def hugging_face_folder(path: str) -> None:
-    save_pretrained(parallelize(hf_zoo.build("mixtral"), Mesh(pp=2)), path)
-
-
-def test_hugging_face_folders_are_refused(tmp_path: Any) -> None:
-    with pytest.raises(RankError, match="not read or written under pp"):
-        run_ranks(2, hugging_face_folder, str(tmp_path / "folder"))
