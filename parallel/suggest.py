@@ -148,7 +148,9 @@ def _estimates(model: nn.Module, world: int, tokens: int, sequence: int, hardwar
     @functools.cache
     def shares(sp: int, tp: int) -> bool:
         with suppress(ValueError):  # heads or parts that sp cannot share
-            return sp == 1 or bool(check_sequence(model, blocks, MeshSizes(sp=sp, tp=tp), Plan()))
+            if sp > 1:
+                check_sequence(model, blocks, MeshSizes(sp=sp, tp=tp), Plan())
+            return True
         return False
 
     for sizes in _meshes(world, hardware.ranks_per_node, list(prints), prints[1].num_experts, max_pp, sequence):
