@@ -43,6 +43,9 @@ WIDE: list[tuple[Sizes, Fields]] = [
     (dict(tp=2, sp=2, ep=4), dict(ULYSSES, tp_sequence=True, recompute=True)),
     (dict(pp=2, sp=2, ep=2), ULYSSES),
     (dict(pp=2, sp=2), dict(RING, schedule="gpipe")),
+    (dict(pp=2, tp=2, ep=2), MEGATRON),
+    (dict(sp=2, dp=2, ep=2, etp=2), ULYSSES),
+    (dict(tp=2, sp=2, etp=2), dict(RING, tp_sequence=True)),
 ]
 
 
