@@ -50,8 +50,12 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["moeweave*"]),
-    package_data={"moeweave": ["py.typed"], "moeweave.configs": ["**/*.yaml"]},
-    install_requires=["torch>=2.11", "numpy", "hydra-core>=1.3", "matplotlib", "rich", "safetensors"],
+    package_data={
+        "moeweave": ["py.typed"],
+        "moeweave.configs": ["**/*.yaml"],
+        "moeweave.kernels_ext.onesided": ["csrc/*.cu"],
+    },
+    install_requires=["torch>=2.11", "numpy", "hydra-core>=1.3", "matplotlib", "pyyaml", "rich", "safetensors"],
     extras_require={
         "hf": HF,
         "deepspeed": DEEPSPEED,
@@ -65,6 +69,7 @@ setup(
             "moeweave-inspect = moeweave.launch.inspect:main",
             "moeweave-verify = moeweave.launch.verify:main",
             "moeweave-bench = moeweave.launch.bench.program:main",
+            "moeweave-submit = moeweave.launch.submit:main",
         ]
     },
     zip_safe=False,

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from moeweave.comm.communicator import Communicator
+from moeweave.comm.onesided import Moves
+from moeweave.comm.onesided_cuda import CudaMoves
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Layout:
         group: name of the process group, "" for this rank alone.
         route_R: gathered exchange only: int64, the route of each row, numbered (w * T_max + t) * K + k.
         max_tokens: gathered exchange only: int64 [1] on the host, T_max, the largest T of the group.
+        slots: one-sided exchange only: where rows went in the windows.
+        num_rows: one-sided exchange on CUDA only: R, rows that there is room for.
     """
 
     order_N: Tensor
@@ -47,6 +51,15 @@ class Layout:
     group: str
     route_R: Tensor | None = None
     max_tokens: Tensor | None = None
+    slots: Moves | CudaMoves | None = None
+    num_rows: int = 0
+
+    @classmethod
+    def of_windows(cls, moves: CudaMoves, num_rows: int, engine: str) -> Layout:
+        """Of an exchange that the host knows no counts of: everything is in `slots`, on the device."""
+        none = torch.empty(0, dtype=torch.int64)
+        (num_tokens, top_k), ends = moves.ids_TK.shape, moves.offsets_e
+        return cls(none, none, none, none, ends, num_tokens, top_k, engine, slots=moves, num_rows=num_rows)
 
     @property
     def moves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +67,7 @@ class Layout:
         return self.order_N, self.send_splits, self.recv_splits, self.perm_R
 
 
-def _sort_routes(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def sort_routes(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Ids [T, K] -> routes sorted by expert, not-routed ones last [N]; routes per expert [E]."""
     key_N = ids_TK.reshape(-1)
     key_N = torch.where((key_N < 0) | (key_N >= num_experts), num_experts, key_N)
@@ -63,7 +76,7 @@ def _sort_routes(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return torch.argsort(key_N, stable=True), counts_E[:num_experts]
 
 
-def _arrival_to_expert_major(recv_counts_We: Tensor, num_rows: int) -> Tensor:
+def arrival_to_expert_major(recv_counts_We: Tensor, num_rows: int) -> Tensor:
     """Rows arrive by source, then expert -> for each row by expert, then source, its place in arrival order [R]."""
     lengths = recv_counts_We.t().reshape(-1)
     starts_We = (recv_counts_We.reshape(-1).cumsum(0) - recv_counts_We.reshape(-1)).view_as(recv_counts_We)
@@ -76,7 +89,7 @@ def _finish(counts_E: Tensor, recv_counts_We: Tensor) -> tuple[Tensor, Tensor, T
     sends_W = counts_E.view(recv_counts_We.shape).sum(1)
     # The one host synchronisation of a dynamic exchange: split sizes must be known to post it.
     splits = torch.stack([sends_W, recv_counts_We.sum(1)]).cpu()
-    perm_R = _arrival_to_expert_major(recv_counts_We, int(splits[1].sum()))
+    perm_R = arrival_to_expert_major(recv_counts_We, int(splits[1].sum()))
     offsets_e = recv_counts_We.sum(0).cumsum(0).to(torch.int32)
     return splits[0].clone(), splits[1].clone(), perm_R, offsets_e
 
@@ -94,7 +107,7 @@ def exchange_layout(ids_TK: Tensor, num_experts: int, group: str) -> tuple[Tenso
         order_N, send_splits, recv_splits, perm_R, offsets_e (see `Layout`).
     """
     comm = Communicator.named(group)
-    order_N, counts_E = _sort_routes(ids_TK, num_experts)
+    order_N, counts_E = sort_routes(ids_TK, num_experts)
     recv_counts_We = comm.swap(counts_E.view(comm.size, -1))
     return order_N, *_finish(counts_E, recv_counts_We)
 
@@ -130,7 +143,7 @@ def gather_layout(
     ids_WN = comm.all_gather(padded).view(comm.size, -1)
 
     num_local = num_experts // comm.size
-    order_N, counts_E = _sort_routes(ids_TK, num_experts)
+    order_N, counts_E = sort_routes(ids_TK, num_experts)
     local_WN = ids_WN - comm.rank * num_local
     here_WN = (local_WN >= 0) & (local_WN < num_local)
     local_WN = torch.where(here_WN, local_WN, num_local)

@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moeweave.launch import compose, env
-from moeweave.launch.failure import RankFailed
+from moeweave.launch.failure import HostFailed, RankFailed
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Program:
     summary: str
     examples: tuple[tuple[str, str], ...]
     schema: type
+    whole_configs: bool = True  # takes --config and --multirun
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Arguments:
     overrides: tuple[str, ...]
     config_dir: str | None = None
     show_config: bool = False
+    config_file: str | None = None
+    multirun: bool = False
+
+
+WHOLE_CONFIGS = (
+    "  --config FILE       take the whole config from FILE, as --cfg prints it",
+    "  --multirun          a run for each value of a=1,2 (Hydra's sweeps)",
+)
 
 
 def run(program: Program, body: Callable[[Arguments], int], argv: Sequence[str] | None = None) -> int:
@@ -44,7 +54,7 @@ def run(program: Program, body: Callable[[Arguments], int], argv: Sequence[str] 
         return 0
     try:
         return body(_read(arguments))
-    except RankFailed as error:
+    except (RankFailed, HostFailed) as error:
         return _fail(program, str(error), 1)
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
         return _fail(program, str(error), 2)
@@ -53,19 +63,37 @@ def run(program: Program, body: Callable[[Arguments], int], argv: Sequence[str] 
 
 
 def _read(arguments: list[str]) -> Arguments:
-    overrides, config_dir, show_config = [], None, False
+    overrides: list[str] = []
+    config_dir = config_file = None
+    show_config = multirun = False
     rest = iter(arguments)
     for argument in rest:
         flag, _, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
             config_dir = value or next(rest, "")
+        elif flag == "--config":
+            config_file = value or next(rest, "")
         elif argument in ("--cfg", "-c"):
             show_config = True
+        elif argument in ("--multirun", "-m"):
+            multirun = True
         elif argument.startswith("-"):
-            raise ValueError(f"unknown option {argument}. The options are --help, --cfg and --config-dir DIR.")
+            raise ValueError(
+                f"unknown option {argument}. "
+                "The options are --help, --cfg, --multirun, --config FILE and --config-dir DIR."
+            )
         else:
             overrides.append(argument)
-    return Arguments(tuple(overrides), config_dir, show_config)
+    if config_file is not None and (overrides or config_dir or multirun):
+        raise ValueError(f"--config {config_file}: is a whole config, to which nothing is added. Leave out the rest.")
+    return Arguments(tuple(overrides), config_dir, show_config, config_file, multirun)
+
+
+def config_of(program: Program, arguments: Arguments) -> Any:
+    """The config that argv asks for, checked: a whole file, or composed from groups and key=value arguments."""
+    if arguments.config_file is not None:
+        return compose.load_file(program.schema, arguments.config_file)
+    return compose.load(program.schema, program.config, arguments.overrides, arguments.config_dir)
 
 
 def _fail(program: Program, message: str, code: int) -> int:
@@ -90,6 +118,7 @@ def help_text(program: Program) -> str:
         "",
         "options:",
         "  --cfg               print the resolved config and stop",
+        *(WHOLE_CONFIGS if program.whole_configs else ()),
         "  --config-dir DIR    search DIR for groups of your own too: DIR/experiment/mine.yaml is experiment=mine",
     ]
     top = (compose.CONFIGS / f"{program.config}.yaml").read_text()
@@ -103,12 +132,22 @@ def help_text(program: Program) -> str:
     lines += ["", "fields (key=value):"]
     fields = _fields(top, "")
     for name, default in chosen.items():
-        if default != "null":
+        if default != "null" and name != "launcher":
             option = "hf" if name == "model" else default
             fields += _fields((compose.CONFIGS / name / f"{option}.yaml").read_text(), f"{name}.")
-    for name, value, meaning in fields:
-        lines += [f"  {name}={value}", f"      {meaning}"]
+    lines += _shown(fields)
+    for option in options["launcher"] if "launcher" in chosen else []:
+        own = _fields((compose.CONFIGS / "launcher" / f"{option}.yaml").read_text(), "launcher.")
+        lines += [
+            "",
+            f"fields with launcher={option}:",
+            *_shown([field for field in own if field[0] != "launcher.kind"]),
+        ]
     return "\n".join(lines)
+
+
+def _shown(fields: list[tuple[str, str, str]]) -> list[str]:
+    return [line for name, value, meaning in fields for line in (f"  {name}={value}", f"      {meaning}")]
 
 
 def _fields(text: str, prefix: str) -> list[tuple[str, str, str]]:

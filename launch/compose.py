@@ -6,6 +6,7 @@ than its decorator because every rank under torchrun would otherwise make an out
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from moeweave.launch.schema import ConfigError, build, check_name
 
@@ -32,12 +35,31 @@ def load(schema: type[T], program: str, overrides: Sequence[str], config_dir: st
 
     `config_dir` is a folder of the user's own groups, searched beside the shipped ones. Raises ConfigError.
     """
-    return build(schema, _compose(schema, program, overrides, config_dir))
+    return build(schema, values(schema, program, overrides, config_dir))
+
+
+def load_file(schema: type[T], path: str) -> T:
+    """The config of a file that `to_yaml` wrote: what moeweave-submit hands to ranks. Raises ConfigError."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--config {path}: no such file. Name a resolved config, such as a run folder's config.yaml.")
+    try:
+        found = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--config {path}: holds no fields. Name a resolved config.")
+    return build(schema, found)
 
 
 def to_yaml(config: Any) -> str:
     """A config instance as YAML, every field in it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def key_of(text: str) -> str:
+    """The key, or group, that one argument of the command line sets."""
+    return _parse(text)[0].key_or_group
 
 
 def groups(config_dir: str | None = None) -> dict[str, list[str]]:
@@ -49,22 +71,32 @@ def groups(config_dir: str | None = None) -> dict[str, list[str]]:
     return {name: sorted(options) for name, options in sorted(found.items())}
 
 
-def _compose(schema: type, program: str, overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+def values(schema: type, program: str, overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
+    """The composed values of `program` before they are checked as a whole. Raises ConfigError."""
+    lines = hydra_lines(schema, overrides, config_dir)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS.absolute()), **version_base()):
+            config = compose(config_name=program, overrides=lines)
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_first_paragraph(error)) from error
+
+
+def hydra_lines(schema: type, overrides: Sequence[str], config_dir: str | None, sweep: bool = False) -> list[str]:
+    """The command line as Hydra is given it, every name checked. `sweep` lets a key have several values."""
     options = groups(config_dir)
-    lines = [line for text in overrides for line in _hydra_lines(*_parse(text), schema, options)]
+    lines = [line for text in overrides for line in _hydra_lines(*_parse(text), schema, options, sweep)]
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError(f"--config-dir {config_dir}: no such folder. Name a folder of YAML groups.")
         lines.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")
-    GlobalHydra.instance().clear()
-    # Hydra 1.3 asks for a version base, 1.4 warns of one.
-    base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
-    try:
-        with initialize_config_dir(config_dir=str(CONFIGS.absolute()), **base):
-            config = compose(config_name=program, overrides=lines)
-    except HydraException as error:
-        raise ConfigError(_first_paragraph(error)) from error
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    return lines
+
+
+def version_base() -> dict[str, str]:
+    """Hydra 1.3 asks for a version base, 1.4 warns of one."""
+    return {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 
 
 def _parse(text: str) -> tuple[Override, str]:
@@ -85,13 +117,19 @@ def _quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _hydra_lines(override: Override, text: str, schema: type, options: dict[str, list[str]]) -> list[str]:
+def _hydra_lines(override: Override, text: str, schema: type, options: dict[str, list[str]], sweep: bool) -> list[str]:
     """What Hydra is given for one argument: groups as they are, values so that they may also be new keys of a dict."""
     name = override.key_or_group
     if name.startswith("hydra"):
         return [text]
     if override.is_sweep_override():
-        raise ConfigError(f"{text}: several values for one key. Run the program once for each, or quote the value.")
+        if not sweep:
+            raise ConfigError(
+                f"{text}: several values for one key. Add --multirun for a run of each, or quote the value."
+            )
+        if name not in options:
+            check_name(schema, name)
+        return [text if name in options else "++" + text.lstrip("+")]
     if name in options and not isinstance(override.value(), dict):
         return _group_lines(name, str(override.value()), text, options[name])
     check_name(schema, name)

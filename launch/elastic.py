@@ -6,23 +6,22 @@ rank those seconds. Beside accelerators, whose drivers do not survive a fork, th
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
+import secrets
 import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from moeweave.launch import env, failure
+from moeweave.launch import env, failure, rank, rendezvous
 
 
 def start_ranks(
@@ -35,22 +34,25 @@ def start_ranks(
     within seconds. Raises RankFailed with the first failure, KeyboardInterrupt on ctrl-C.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    meeting, rounds = rendezvous.settings()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex[:8],
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
+        run_id=secrets.token_hex(16),
+        rdzv_backend=rendezvous.BACKEND,
+        rdzv_endpoint="127.0.0.1:0",
+        rdzv_configs=meeting,
+        local_addr="127.0.0.1",
         max_restarts=max_restarts,
         start_method="fork" if on_cpu and sys.platform == "linux" else "spawn",
-        logs_specs=_RankLogs(log_dir),
+        logs_specs=RankLogs(log_dir, rounds),
     )
     env.use_a_store_per_restart()
+    env.use_interface("lo" if sys.platform == "linux" else None)
     threads = env.threads_asked() or max(1, _num_cores() // num_ranks)
     try:
-        with _quiet_elastic():
+        with quiet_elastic():
             return elastic_launch(config, _rank)(fn, args, str(log_dir), os.getpid(), threads)[0]
     except ChildFailedError as error:
         codes = {rank: process.exitcode for rank, process in error.failures.items()}
@@ -66,7 +68,7 @@ def _rank(fn: Callable[..., Any], args: tuple[Any, ...], log_dir: str, parent: i
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
         # The parent's handlers are Python code, which never runs while a rank waits inside a collective.
         signal.signal(getattr(signal, name), signal.SIG_DFL)
-    _die_with(parent)
+    rank.die_with(parent)
     torch.set_num_threads(threads)
     folder = Path(log_dir)
     failure.record_stop(ranks.rank, folder)
@@ -79,14 +81,16 @@ def _rank(fn: Callable[..., Any], args: tuple[Any, ...], log_dir: str, parent: i
     return value
 
 
-def _die_with(parent: int) -> None:
-    """Ends this process when `parent` dies, even by SIGKILL (Linux)."""
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
+def leave(code: int) -> NoReturn:
+    """Ends a rank whose work is done, and whose groups are closed, without taking Python apart.
+
+    A thread of torch's that still ends while Python does aborts the process: 1 rank in 32 on a busy machine, which the
+    launcher would take for a failure. Ranks that are forked never take Python apart either.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def has_accelerator() -> bool:
@@ -99,7 +103,7 @@ def _num_cores() -> int:
 
 
 @contextmanager
-def _quiet_elastic() -> Iterator[None]:
+def quiet_elastic() -> Iterator[None]:
     """The launcher's own log lines would bury the one error that matters."""
     prefixes = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(prefixes)]
@@ -113,24 +117,30 @@ def _quiet_elastic() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _RankLogs(LogsSpecs):
-    """Rank 0 on the terminal, rank n in rankN.stdout.log and rankN.stderr.log of one folder."""
+class RankLogs(LogsSpecs):
+    """Rank 0 on the terminal, rank n in rankN.stdout.log and rankN.stderr.log of one folder.
 
-    def __init__(self, folder: Path):
+    Also tells ranks how often the job was started before: torch counts that for each agent, and agents differ.
+    """
+
+    def __init__(self, folder: Path, rounds: rendezvous.Rounds):
         super().__init__(str(folder))
-        self._folder = folder
+        self._folder, self._rounds = folder, rounds
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        ranks = {local: int(variables["RANK"]) for local, variables in envs.items()}
+
         def path(rank: int, kind: str) -> str:
             return str(self._folder / f"rank{rank}.{kind}")
 
-        failure.forget(self._folder)
-        for rank, variables in envs.items():
-            variables["TORCHELASTIC_ERROR_FILE"] = path(rank, "elastic.json")
+        failure.forget(self._folder, ranks.values())
+        for local, variables in envs.items():
+            variables["TORCHELASTIC_ERROR_FILE"] = path(ranks[local], "elastic.json")
+            variables["TORCHELASTIC_RESTART_COUNT"] = str(self._rounds.before)
         return LogsDest(
-            stdouts={rank: path(rank, "stdout.log") if rank else "" for rank in envs},
-            stderrs={rank: path(rank, "stderr.log") if rank else "" for rank in envs},
-            error_files={rank: path(rank, "elastic.json") for rank in envs},
+            stdouts={local: path(rank, "stdout.log") if rank else "" for local, rank in ranks.items()},
+            stderrs={local: path(rank, "stderr.log") if rank else "" for local, rank in ranks.items()},
+            error_files={local: path(rank, "elastic.json") for local, rank in ranks.items()},
         )
 
     @property

@@ -7,10 +7,14 @@
 | TORCHELASTIC_RESTART_COUNT | torch elastic | how often the ranks were restarted, 0 at first                       |
 | OMP_NUM_THREADS            | the user      | CPU threads of a rank; absent: the cores divided by the ranks        |
 | MOEWEAVE_TRACEBACK         | the user      | 1: print a whole traceback where an error would be one line          |
+| MOEWEAVE_AGENT             | the agent     | its process id, for rank.py to end with it                           |
+| MOEWEAVE_LIFELINE          | the launcher  | 1: the agent stops when its standard input ends                      |
+| GLOO_SOCKET_IFNAME         | the user      | the interface whose address the agent gives to other hosts           |
 | HCCL_BUFFSIZE              | the user      | the window of HCCL in MB, which the ascend dispatcher checks         |
 
-Set here: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, unless the user has set it, for the ranks that this program starts.
-What torch, transformers and rich read for themselves (MASTER_ADDR, GLOO_SOCKET_IFNAME, NO_COLOR, ...) is theirs.
+Set here for the ranks that this program starts, unless the user has set them: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1;
+GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, so that ranks listen on the interface that they share and on no other.
+What torch, transformers and rich read for themselves (MASTER_ADDR, NCCL_SOCKET_IFNAME, NO_COLOR, ...) is theirs.
 """
 
 from __future__ import annotations
@@ -63,6 +67,28 @@ def use_a_store_per_restart() -> None:
     Otherwise they read the addresses of the ranks before them in the old one, and wait for those (pytorch#135712).
     """
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
+def use_interface(name: str | None) -> None:
+    """Ranks that this process starts listen on that network interface; None leaves the choice to the libraries."""
+    if name is not None:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, name)
+
+
+def interface_named() -> str | None:
+    """The network interface that the user names for gloo."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or None
+
+
+def name_agent(pid: int) -> None:
+    """Tells the ranks that this process starts whom they belong to."""
+    os.environ["MOEWEAVE_AGENT"] = str(pid)
+
+
+def has_lifeline() -> bool:
+    """Whether the end of standard input means that the launcher is gone."""
+    return os.environ.get("MOEWEAVE_LIFELINE", "") == "1"
 
 
 def wants_traceback() -> bool:

@@ -15,7 +15,7 @@ import json
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +37,10 @@ class RankFailed(RuntimeError):
     def __init__(self, failure: Failure):
         self.failure = failure
         super().__init__(describe(failure))
+
+
+class HostFailed(RuntimeError):
+    """A host of the job has failed; the message names it."""
 
 
 def describe(failure: Failure) -> str:
@@ -70,17 +74,18 @@ def record_stop(rank: int, folder: Path) -> None:
     faulthandler.register(signal.SIGTERM, stack, all_threads=False, chain=True)
 
 
-def forget(folder: Path) -> None:
-    """Removes the records of an earlier attempt."""
-    for pattern in ("rank*.failure.json", "rank*.traceback.txt", "rank*.stopped.txt", "rank*.done"):
-        for path in folder.glob(pattern):
-            path.unlink()
+def forget(folder: Path, ranks: Iterable[int]) -> None:
+    """Removes the records that those ranks left at an earlier attempt."""
+    for rank in ranks:
+        for kind in ("failure.json", "traceback.txt", "stopped.txt", "done", "elastic.json"):
+            (folder / f"rank{rank}.{kind}").unlink(missing_ok=True)
 
 
 def first(folder: Path, num_ranks: int, exit_codes: Mapping[int, int]) -> Failure:
     """The failure that caused the others, from the records in `folder` and the exit codes that are known."""
     records = {}
-    for rank in range(num_ranks):
+    # Those whose exit the launcher saw come before those that it stopped, perhaps before they could write a record.
+    for rank in sorted(range(num_ranks), key=lambda rank: (rank not in exit_codes, rank)):
         path = folder / f"rank{rank}.failure.json"
         if path.exists():
             records[rank] = Failure(**json.loads(path.read_text()))

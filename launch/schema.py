@@ -25,22 +25,23 @@ class ConfigError(ValueError):
     """A config that cannot run; the message says field, value, rule and remedy."""
 
 
-def _require(ok: bool, name: str, value: Any, rule: str, remedy: str) -> None:
+def require(ok: bool, name: str, value: Any, rule: str, remedy: str) -> None:
     if not ok:
         raise ConfigError(f"{name}={value}: {rule}. {remedy}")
 
 
-def _at_least(low: float, **values: float) -> None:
+def at_least(low: float, **values: float) -> None:
+    """Raises ConfigError for a value below `low`; a dot of the field's name is written as two underscores."""
     for name, value in values.items():
         name = name.replace("__", ".")
-        _require(value >= low, name, value, f"must be at least {low}", f"Set {name}={low} or more.")
+        require(value >= low, name, value, f"must be at least {low}", f"Set {name}={low} or more.")
 
 
-def _one_of(name: str, value: str, legal: Iterable[str]) -> None:
+def one_of(name: str, value: str, legal: Iterable[str]) -> None:
     legal = list(legal)
     near = difflib.get_close_matches(str(value), legal, n=1)
     remedy = f"Did you mean {name}={near[0]}?" if near else f"Set {name} to one of them."
-    _require(value in legal, name, value, f"must be one of {', '.join(legal)}", remedy)
+    require(value in legal, name, value, f"must be one of {', '.join(legal)}", remedy)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("model.size", self.size, ("auto", "tiny", "given"))
+        one_of("model.size", self.size, ("auto", "tiny", "given"))
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class DataConfig:
     seq_length: int = 128
 
     def __post_init__(self) -> None:
-        _one_of("data.dtype", self.dtype, ("uint16", "uint32"))
-        _at_least(2, data__seq_length=self.seq_length)
+        one_of("data.dtype", self.dtype, ("uint16", "uint32"))
+        at_least(2, data__seq_length=self.seq_length)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class OptimConfig:
     router_bias_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             0,
             optim__lr=self.lr,
             optim__warmup_steps=self.warmup_steps,
@@ -119,7 +120,7 @@ class OptimConfig:
         )
         for name in ("beta1", "beta2", "min_lr_ratio"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name}", value, "must be between 0 and 1", "Choose a number in between.")
+            require(0 <= value <= 1, f"optim.{name}", value, "must be between 0 and 1", "Choose a number in between.")
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _at_least(0, checkpoint__every=self.every)
-        _at_least(1, checkpoint__keep=self.keep)
+        at_least(0, checkpoint__every=self.every)
+        at_least(1, checkpoint__keep=self.keep)
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class LogConfig:
     progress: str = "auto"
 
     def __post_init__(self) -> None:
-        _at_least(1, log__every=self.every, log__load_every=self.load_every)
-        _one_of("log.progress", self.progress, ("auto", "bar", "lines", "off"))
+        at_least(1, log__every=self.every, log__load_every=self.load_every)
+        one_of("log.progress", self.progress, ("auto", "bar", "lines", "off"))
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class RanksConfig:
     max_restarts: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(0, ranks__max_restarts=self.max_restarts)
+        at_least(0, ranks__max_restarts=self.max_restarts)
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,9 @@ class TrainConfig:
     ranks: RanksConfig = field(default_factory=RanksConfig)
 
     def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, batch_size=self.batch_size, microbatches=self.microbatches)
+        at_least(1, steps=self.steps, batch_size=self.batch_size, microbatches=self.microbatches)
         parts = self.mesh.data_size * self.microbatches
-        _require(
+        require(
             self.batch_size % parts == 0,
             "batch_size",
             self.batch_size,
@@ -190,8 +191,8 @@ class BatchConfig:
     length: int = 32
 
     def __post_init__(self) -> None:
-        _at_least(1, batch__rows=self.rows)
-        _at_least(4, batch__length=self.length)
+        at_least(1, batch__rows=self.rows)
+        at_least(4, batch__length=self.length)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class VerifyConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
-        _at_least(1, show=self.show)
+        at_least(1, show=self.show)
 
 
 @dataclass(frozen=True)
@@ -242,14 +243,14 @@ class BenchConfig:
     trace: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(2, ranks=self.ranks, factor=self.factor)
-        _at_least(1, programs=self.programs or 1)
-        _at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
-        _at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
-        _at_least(0, warmup=self.warmup)
-        _at_least(self.min_size, max_size=self.max_size)
-        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _one_of("routing", self.routing, ("uniform", "balanced", "zipf", "one_hot"))
+        at_least(2, ranks=self.ranks, factor=self.factor)
+        at_least(1, programs=self.programs or 1)
+        at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
+        at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
+        at_least(0, warmup=self.warmup)
+        at_least(self.min_size, max_size=self.max_size)
+        one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        one_of("routing", self.routing, ("uniform", "balanced", "zipf", "one_hot"))
 
     @property
     def ops(self) -> list[str]:
@@ -267,7 +268,7 @@ class BenchConfig:
 
 # Dicts of a config whose keys are another package's dataclass, and those whose keys are free.
 TYPED_DICTS: dict[str, type] = {"plan": Plan}
-FREE_DICTS = {"model.overrides"}
+FREE_DICTS = {"model.overrides", "env"}
 
 
 def build(schema: type[T], values: Mapping[str, Any]) -> T:
@@ -289,7 +290,7 @@ def check_name(schema: type, name: str) -> None:
     for part in name.split("."):
         if part not in legal:
             near = [path + other for other in difflib.get_close_matches(part, legal, n=1)] or _elsewhere(schema, part)
-            remedy = f"Did you mean {near[0]}?" if near else "moeweave-train --help lists all of them."
+            remedy = f"Did you mean {near[0]}?" if near else "--help lists all of them."
             group = f" of {path[:-1]}" if path else ""
             raise ConfigError(f"unknown config key {path + part}: the fields{group} are {', '.join(legal)}. {remedy}")
         path += f"{part}."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from moeweave.launch import cli, compose, elastic, env, prepare, runlog
+from moeweave.launch import cli, compose, elastic, env, prepare, runlog, sweep
 from moeweave.launch.schema import ConfigError, TrainConfig
 
 PROGRAM = cli.Program(
@@ -35,10 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _body(arguments: cli.Arguments) -> int:
-    config = compose.load(TrainConfig, "train", arguments.overrides, arguments.config_dir)
+    if arguments.multirun:
+        return sweep.run(PROGRAM, start, arguments)
+    config = cli.config_of(PROGRAM, arguments)
     if arguments.show_config:
         print(compose.to_yaml(config), end="")
         return 0
+    return start(config)
+
+
+def start(config: TrainConfig) -> int:
+    """Runs a checked config, on ranks of its own or on those that a launcher started; returns the exit code."""
     folder = runlog.choose(config.run.root, config.run.dir, config.name)
     check(config, folder)
 
@@ -62,7 +69,10 @@ def _body(arguments: cli.Arguments) -> int:
             max_restarts=config.ranks.max_restarts,
             on_cpu=config.mesh.device == "cpu" or not elastic.has_accelerator(),
         )
-    return 1 if outcome.proof_ok is False else 0
+    code = 1 if outcome.proof_ok is False else 0
+    if ranks is not None:
+        elastic.leave(code)
+    return code
 
 
 def check(config: TrainConfig, folder: runlog.RunFolder) -> None:

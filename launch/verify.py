@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import moeweave as mw
-from moeweave.launch import cli, compose, elastic, env, prepare
+from moeweave.launch import cli, compose, elastic, env, prepare, sweep
 from moeweave.launch.report import shown
 from moeweave.launch.schema import BatchConfig, ConfigError, VerifyConfig
 from moeweave.parallel.verify import ParityReport, gradient_parity
@@ -50,10 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _body(arguments: cli.Arguments) -> int:
-    config = compose.load(VerifyConfig, "verify", arguments.overrides, arguments.config_dir)
+    if arguments.multirun:
+        return sweep.run(PROGRAM, start, arguments)
+    config = cli.config_of(PROGRAM, arguments)
     if arguments.show_config:
         print(compose.to_yaml(config), end="")
         return 0
+    return start(config)
+
+
+def start(config: VerifyConfig) -> int:
+    """Runs a checked config; returns the exit code."""
     if config.model.weights:
         raise ConfigError("model.weights=true: the proof builds its own random weights. Set model.weights=false.")
     model = prepare.check_model(config.model, config.mesh, config.plan)
@@ -73,7 +80,10 @@ def _body(arguments: cli.Arguments) -> int:
         shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
     if ranks is None or ranks.rank == 0:
         _print(report, config, prepare.describe(model))
-    return 0 if report.ok else 1
+    code = 0 if report.ok else 1
+    if ranks is not None:
+        elastic.leave(code)
+    return code
 
 
 def prove(config: VerifyConfig) -> ParityReport:

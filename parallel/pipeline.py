@@ -20,7 +20,7 @@ from moeweave.parallel import aux_loss as aux_losses
 from moeweave.parallel import loss as losses
 from moeweave.parallel.data import keep_gathered, reduce_gradients
 from moeweave.parallel.record import Record
-from moeweave.parallel.schedules import Layout, make_schedule
+from moeweave.parallel.schedules import Layout, make_schedule, weight_gradients
 from moeweave.parallel.stage_ties import TiedGradients
 from moeweave.parallel.stages import Cut
 from moeweave.parallel.vocabulary import split_logits
@@ -182,6 +182,7 @@ class Pipeline:
                 input_args=between if stage else index,
                 output_args=between if stage < last else loss,
                 group=mesh.group("pp"),
+                dw_builder=weight_gradients(),
             )
             for stage in self.layout.stages_of(mesh.dense.get_local_rank("pp"))
         ]

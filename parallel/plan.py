@@ -34,7 +34,9 @@ class Plan:
     Attributes:
         data: engine of the data axes. "fsdp2" shards dense parameters over dp (and replicates over dp_replicate, HSDP);
             "ddp" keeps a full copy on every rank and all-reduces gradients.
-        dispatcher: "alltoall", "allgather", "ascend" (inference on NPUs), or "auto" (from top-k and ep, logged once).
+        dispatcher: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each
+            other), "ascend" (inference on NPUs), or "auto" (from top-k, ep and whether ranks share memory, logged
+            once).
         topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.
         combine: "exact", "prereduced", or None for the dispatcher's default.
         codec: how rows are quantised before they are sent: a format of what dispatch sends ("none", "fp8", "fp8_e5m2",

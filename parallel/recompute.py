@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +29,7 @@ def _is_layout(op: Any) -> bool:
 class _Record(TorchDispatchMode):
     """Keeps the routing of a forward pass, in order."""
 
-    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+    def __init__(self, kept: list[tuple[Any, ...]]) -> None:
         super().__init__()
         self.kept = kept
 
@@ -39,13 +39,15 @@ class _Record(TorchDispatchMode):
             self.kept.append((out[1].clone(),))
         elif _is_layout(func):
             self.kept.append(tuple(out))
+        elif func is torch.ops.moeweave.onesided_dispatch.default:
+            self.kept.append(tuple(out[1:]))
         return out
 
 
 class _Replay(TorchDispatchMode):
     """Answers with what `_Record` kept, in the same order, and tells the same span of shared sequences."""
 
-    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+    def __init__(self, kept: list[tuple[Any, ...]]) -> None:
         super().__init__()
         self.kept = kept
         self.position = 0
@@ -68,16 +70,21 @@ class _Replay(TorchDispatchMode):
             return torch.gather(args[0], dim, indices), indices.clone()
         if _is_layout(func):
             return self._next()
+        if func is torch.ops.moeweave.onesided_dispatch.default:
+            x_TD, _, weights_TK, _, *settings = args
+            _, offsets_e, moves = self._next()
+            rows_RD, weights_R = torch.ops.moeweave.onesided_resend(x_TD, weights_TK, moves, *settings)
+            return rows_RD, weights_R, offsets_e, moves
         return func(*args, **(kwargs or {}))
 
-    def _next(self) -> tuple[Tensor, ...]:
+    def _next(self) -> tuple[Any, ...]:
         self.position += 1
         return self.kept[self.position - 1]
 
 
 def replay_routing() -> tuple[Any, Any]:
     """`context_fn` for torch.utils.checkpoint.checkpoint (use_reentrant=False): keep routing, recompute the rest."""
-    kept: list[tuple[Tensor, ...]] = []
+    kept: list[tuple[Any, ...]] = []
     return _Record(kept), _Replay(kept)
 
 

@@ -5,9 +5,14 @@ Stages lie on ranks in a loop (stage s on rank s % pp) or, for dualpipev, in a V
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.distributed import pipelining
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev")
@@ -64,3 +69,34 @@ def make_schedule(layout: Layout, stages: list[pipelining.PipelineStage], microb
     schedule = kind(given, microbatches, loss_fn=lambda output, target: output.sum(), scale_grads=False)
     step: Callable[..., object] = schedule.step
     return step
+
+
+def weight_gradients() -> Callable[[], Callable[..., None]] | None:
+    """How a stage computes its weights' gradients: None for apart from its inputs', as zero_bubble and dualpipev do,
+    where torch can; else together with them, and nothing is left to do in their place in the schedule."""
+    return None if _edges_have_gradients() else lambda: _nothing
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@functools.cache
+def _edges_have_gradients() -> bool:
+    """Whether a backward pass can start inside a graph at a Python function (dispatch is one): not in torch 2.11."""
+    x = torch.ones(1, requires_grad=True)
+    try:
+        torch.autograd.grad(GradientEdge(_Twice.apply(x).grad_fn, 0), x, torch.ones(1))
+    except RuntimeError:
+        return False
+    return True

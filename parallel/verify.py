@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
 from moeweave.parallel.aux_loss import balances
 from moeweave.parallel.grad_norm import clip_grad_norm_
+from moeweave.parallel.hf.boxes import whole_tensor
 from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of, split
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.names import named_params
@@ -108,7 +108,7 @@ def gradient_parity(
         want = wanted[name]
         if param.grad is None and want is None:
             continue
-        got = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
+        got = None if param.grad is None else whole_tensor(param.grad)
         local[name] = _error(got, want)
     errors = _agree(local)
     missing = {name for name, grad in wanted.items() if grad is not None} - set(errors)

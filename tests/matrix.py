@@ -1,4 +1,4 @@
-"""Runs the tests on other releases of torch and transformers, each in an environment of its own: `make test-matrix`.
+"""Runs the tests on other releases of torch, transformers and hydra, each in its own environment: `make test-matrix`.
 
 Prints a table in Markdown. Logs stay in .venv-matrix/, an environment only where its tests failed.
 """
@@ -22,6 +22,7 @@ ROWS = {
     "transformers-5.17": ["transformers==5.17.*"],
     "transformers-5.20": ["transformers==5.20.*"],
     "transformers-newest": ["transformers"],
+    "hydra-1.4": ["hydra-core==1.4.0rc3"],
 }
 VERSIONS = "from importlib.metadata import version as v; print(v('torch'), '|', v('transformers'))"
 

@@ -1,12 +1,13 @@
 """The README's tree: `python tests/tree.py` brings it up to date, test_tree.py says when that is due.
 
 A file's phrase is the one that the README has; a file that is new there gets the first sentence of its docstring, or of
-its leading comment in YAML.
+its leading comment in YAML and CUDA.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def phrase_of(path: Path) -> str:
     text = source.read_text(encoding="utf-8") if source.exists() else ""
     if source.suffix == ".py":
         said = ast.get_docstring(ast.parse(text)) or ""
+    elif source.suffix == ".cu":
+        said = "\n".join(
+            line[3:] for line in itertools.takewhile(lambda line: line.startswith("//"), text.splitlines())
+        )
     else:
         said = next((line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line), "")
     first = re.split(r"\.(?:\s|$)", said.partition("\n\n")[0].replace("\n", " "))[0]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import moeweave as mw
-from moeweave.launch import cli, compose, elastic, env, runlog
+from moeweave.launch import cli, compose, elastic, env, runlog, sweep
 from moeweave.launch.bench import collectives, overlap, raw, report, routed, shapes, topology
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.measure import measure
@@ -84,10 +84,17 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _body(arguments: cli.Arguments) -> int:
-    config = compose.load(BenchConfig, "bench", arguments.overrides, arguments.config_dir)
+    if arguments.multirun:
+        return sweep.run(PROGRAM, start, arguments)
+    config = cli.config_of(PROGRAM, arguments)
     if arguments.show_config:
         print(compose.to_yaml(config), end="")
         return 0
+    return start(config)
+
+
+def start(config: BenchConfig) -> int:
+    """Runs a checked config; returns the exit code."""
     ranks = env.launched_ranks()
     world = config.ranks if ranks is None else ranks.world
     check(config, world, own_ranks=ranks is None)
@@ -106,7 +113,10 @@ def _body(arguments: cli.Arguments) -> int:
         if config.out is not None:
             report.write(lines, Path(config.out))
             print(f"written: {config.out}/bench.jsonl, bench.csv, bench.png")
-    return int(any(line["wrong"] for line in lines))
+    code = int(any(line["wrong"] for line in lines))
+    if ranks is not None:
+        elastic.leave(code)
+    return code
 
 
 def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
@@ -125,6 +135,11 @@ def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
         raise ConfigError(f"ranks={world}: this machine has {count} devices. Set ranks={count}, or device=cpu.")
     if config.graph and (on_cpu or not torch.version.cuda):
         raise ConfigError("graph=true: CUDA graphs need a CUDA device. Set graph=false.")
+    check_ops(config, world)
+
+
+def check_ops(config: BenchConfig, world: int) -> None:
+    """Raise ConfigError for operations and backends that there are not, or that so many ranks cannot run."""
     for op in config.ops:
         if op not in OPS:
             raise ConfigError(f"op={op}: must be one of {', '.join(OPS)}.")

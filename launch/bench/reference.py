@@ -24,12 +24,15 @@ def runs(on_cuda: bool) -> list[list[str]]:
     """The arguments of each run, without the user's own."""
     most = 1 << 30 if on_cuda else 1 << 22
     bf16, graph = "dtype=bfloat16", ["graph=true"] if on_cuda else []
+    fused = ",onesided_static,onesided_static_exact" if on_cuda else ",onesided"
     found = [
-        [MOE, "backend=[alltoall,allgather]", bf16, f"shape={shape}", *(graph if "decode" in shape else [])]
+        [MOE, f"backend=[alltoall,allgather{fused}]", bf16, f"shape={shape}", *(graph if "decode" in shape else [])]
         for shape in shapes.SHAPES
     ]
     found += [["op=raw", bf16, f"shape={shape}", *graph] for shape in shapes.SHAPES]
     if on_cuda:
+        coded = ["op=dispatch", "backend=onesided_static", "codec=[none,fp8,int8]", bf16]
+        found += [[*coded, f"shape={shape}", *(graph if "decode" in shape else [])] for shape in shapes.SHAPES]
         found += [["op=raw", "backend=push", bf16, "shape=v3-prefill", f"programs={n}"] for n in (8, 16, 32, 64)]
     found.append([LINKS, "min_size=1048576", f"max_size={most}", "factor=16"])
     found.append(["op=overlap", bf16, "shape=v3-prefill", f"max_size={most // 4}"])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moeweave.comm.codec import EXCHANGES, Codec, decode_rows, encode_rows, wire_width
 from moeweave.comm.dispatch import Dispatched, TokenDispatcher
+from moeweave.comm.dispatchers.onesided_cuda import CudaOptions
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.tolerance import TOLERANCE, sqnr
 from moeweave.launch.bench import coded, torchtitan
@@ -39,15 +40,33 @@ def _moeweave(name: str, combine: str | None = None) -> Callable[..., TokenDispa
     return make
 
 
+def _static(combine: str) -> Callable[..., TokenDispatcher]:
+    """One-sided exchange with room for the worst routing: on CUDA no call waits for the host, a graph can hold it."""
+
+    def make(group: dist.ProcessGroup, shape: Shape, dtype: torch.dtype, codec: Codec | None = None) -> TokenDispatcher:
+        routes = min(shape.topk, shape.experts // group.size())
+        options = CudaOptions(capacity=group.size() * shape.tokens * routes)
+        return make_dispatcher(
+            "onesided", group, shape.experts, combine=combine, codec=codec, max_tokens=shape.tokens, cuda=options
+        )
+
+    return make
+
+
 # name: factory(group, shape, dtype) -> dispatch and combine of a TokenDispatcher; one that takes `codec` as well is run
 # with every codec of the config
 BACKENDS: dict[str, Callable[..., Any]] = {
     "alltoall": _moeweave("alltoall"),
     "allgather": _moeweave("allgather"),
     "allgather_prereduced": _moeweave("allgather", "prereduced"),
+    "onesided": _moeweave("onesided"),
+    "onesided_exact": _moeweave("onesided", "exact"),
+    "onesided_static": _static("prereduced"),
+    "onesided_static_exact": _static("exact"),
     "torchtitan": torchtitan.MinimalAsyncEP,
 }
-WAITS_FOR_HOST = ("alltoall", "allgather", "allgather_prereduced")  # so no CUDA graph can hold them
+NEVER_WAITS = ("onesided_static", "onesided_static_exact", "torchtitan")
+WAITS_FOR_HOST = tuple(name for name in BACKENDS if name not in NEVER_WAITS)  # so no CUDA graph can hold them
 
 
 def check(op: str, config: BenchConfig, ranks: int) -> None:
@@ -131,11 +150,16 @@ class Task:
     def wire_bytes(self, backend: str, op: str) -> int | None:
         """Bytes of rows that a backend of this library sends from this rank; None for others'."""
         gathered, routed = (self.mesh.world - 1) * self.shape.tokens, self.remote_routes
+        pairs = self.remote_pairs
         # Rows of dispatch, combine and their backwards.
         table = {
             "alltoall": (routed, routed, routed, routed),
             "allgather": (gathered, routed, routed, routed),
             "allgather_prereduced": (gathered, gathered, routed, gathered),
+            "onesided": (pairs, pairs, pairs, pairs),
+            "onesided_exact": (pairs, routed, routed, pairs),
+            "onesided_static": (pairs, pairs, pairs, pairs),
+            "onesided_static_exact": (pairs, routed, routed, pairs),
             "torchtitan": (routed, routed, routed, routed),
         }
         if backend not in table:

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from moeweave.comm.communicator import Communicator
+
 Box = tuple[tuple[int, int], ...]
 
 
@@ -60,13 +62,53 @@ def local_pieces(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
             f"a DTensor of shape {tuple(tensor.shape)} placed {tensor.placements} holds {tuple(local.shape)} locally, "
             f"expected {tuple(held)}."
         )
-    pieces = []
-    for combination in product(*(_with_offsets(dim) for dim in runs)):
-        box = tuple(run for run, _ in combination)
-        view = local[tuple(slice(at, at + stop - start) for (start, stop), at in combination)]
-        if view.numel():
-            pieces.append((box, view))
-    return pieces
+    return [(box, local[at]) for box, at in _boxes_of(runs) if local[at].numel()]
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, on every rank of its mesh. A collective of these ranks."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return gather_axes(tensor)[1] if in_pieces(tensor) else tensor.full_tensor()
+
+
+def in_pieces(tensor: DTensor) -> bool:
+    """Whether a rank's shard may lie in several pieces: torch before 2.13 cannot put these together."""
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return "etp" in names and isinstance(tensor.placements[names.index("etp")], _StridedShard)
+
+
+def gather_axes(tensor: DTensor, kept: Sequence[int] = ()) -> tuple[Box, torch.Tensor]:
+    """What this rank holds once shards over all mesh axes but `kept` are gathered: one box and its numbers. Shards must
+    be of one size. A collective of the mesh's ranks."""
+    mesh, placements, stacked = tensor.device_mesh, tensor.placements, tensor.to_local().detach()
+    own = mesh.get_coordinate()
+    assert own is not None, "this rank is not part of the mesh"
+    axes = [axis for axis, one in enumerate(placements) if axis not in kept and not isinstance(one, Replicate)]
+    for axis in axes:
+        stacked = Communicator(mesh.get_group(axis)).all_gather(stacked)
+    left = [one if axis in kept else Replicate() for axis, one in enumerate(placements)]
+    (box,) = placed_boxes(tensor.shape, mesh, left)
+    out = stacked.new_empty(box_shape(box))
+    for index in product(*(range(mesh.size(axis)) for axis in reversed(axes))):
+        coordinate = list(own)
+        for axis, at in zip(reversed(axes), index, strict=True):
+            coordinate[axis] = at
+        for part, slices in _boxes_of(shard_runs(tensor.shape, mesh, placements, coordinate)):
+            out[box_slices(shift(part, box))] = stacked[index][slices]
+    return box, out
+
+
+def _boxes_of(runs: list[list[tuple[int, int]]]) -> list[tuple[Box, tuple[slice, ...]]]:
+    """The boxes that intervals per dim make, and where each lies in the shard."""
+    return [
+        (
+            tuple(run for run, _ in combination),
+            tuple(slice(at, at + stop - start) for (start, stop), at in combination),
+        )
+        for combination in product(*(_with_offsets(dim) for dim in runs))
+    ]
 
 
 def placed_boxes(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Box]:

@@ -24,7 +24,17 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from moeweave.parallel.agreement import CheckpointError, agree, everyones, rank
-from moeweave.parallel.hf.boxes import Box, box_slices, contains, local_pieces, placed_boxes, shift, whole
+from moeweave.parallel.hf.boxes import (
+    Box,
+    box_slices,
+    contains,
+    gather_axes,
+    in_pieces,
+    local_pieces,
+    placed_boxes,
+    shift,
+    whole,
+)
 from moeweave.parallel.hf.files import INDEX, WEIGHTS
 from moeweave.parallel.hf.lazy import LazySource, LazyTensor
 
@@ -177,6 +187,8 @@ def gathered(tensor: Tensor, all_axes: bool) -> list[tuple[Box, Tensor]]:
     A collective of the ranks of its mesh."""
     tensor = tensor.detach()
     kept = _ep_axes(tensor)
+    if isinstance(tensor, DTensor) and in_pieces(tensor):
+        return [gather_axes(tensor, () if all_axes else kept)]
     if isinstance(tensor, DTensor):
         if kept:
             tensor = tensor.redistribute(placements=_gathered_placements(tensor, kept))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,12 +20,18 @@ from moeweave.comm.codec import Codec, decode_rows, encode_rows
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.grouped_mm import grouped_mm
 from moeweave.kernels_ext.scaled_grouped_mm import quantize_weight, scaled_grouped_mm
-from moeweave.kernels_ext.tolerance import assert_close
+from moeweave.kernels_ext.tolerance import assert_close, relative_error
 from nan_empty import nan_empty
 from plain_moe import Case, experts_of, ids_of, probe_of, routes_by_row, tokens_of, weights_of
 from run_ranks import run_ranks
 
-WAYS = [("alltoall", "exact"), ("allgather", "exact"), ("allgather", "prereduced")]
+WAYS = [
+    ("alltoall", "exact"),
+    ("allgather", "exact"),
+    ("allgather", "prereduced"),
+    ("onesided", "exact"),
+    ("onesided", "prereduced"),
+]
 BF16 = torch.bfloat16
 MIXED = Codec(dispatch="fp8", combine="int8", dispatch_backward="fp8_e5m2", combine_backward="fp8")
 GROUPED = Codec(
@@ -117,8 +124,15 @@ class Wanted:
     grad_rows_TKD: Tensor
 
 
-def wanted(case: Case, rank: int, codec: Codec, prereduced: bool) -> Wanted:
-    """The layer of `one_step` one exchange after the other, in float64 between them."""
+def wanted(
+    case: Case, rank: int, codec: Codec, prereduced: bool, weighted_there: bool, summed_there: bool, fused: bool
+) -> Wanted:
+    """The layer of `one_step` one exchange after the other, in float64 between them.
+
+    weighted_there: the output's gradient is weighted after it came to the expert's rank, once for all its routes there.
+    summed_there: the rows' gradients are summed before they leave it.
+    fused: products are added without being rounded first, as processors with such an instruction may do.
+    """
     x_TD, ids_TK, weights_TK = tokens(case, rank), ids_of(case, rank), weights_of(case, rank)
     routed_TK1 = ((ids_TK >= 0) & (ids_TK < case.num_experts)).unsqueeze(2)
     factors_TK1 = torch.exp2((ids_TK % 5).double() - 2).unsqueeze(2)
@@ -129,40 +143,54 @@ def wanted(case: Case, rank: int, codec: Codec, prereduced: bool) -> Wanted:
         return torch.where(routed_TK1, rows_TKD.double(), 0.0)
 
     out_TKD = routes(coded(x_TD, codec.dispatch, codec.scale).double().unsqueeze(1) * factors_TK1)
-    if prereduced:
+
+    def sums(rows_TKD: Tensor, scales_TK1: Tensor, form: str) -> Tensor:
+        """Summed on each rank and then over ranks, coded in between."""
+        terms_TKD = rows_TKD.double() * scales_TK1.double() if fused else rows_TKD.float() * scales_TK1.float()
         owner_TK = torch.where(routed_TK1[..., 0], ids_TK // (case.num_experts // case.world), -1)
         # In float32, and in the order of the sum: one unit in the last place is a whole step of a code.
-        terms_KTD = (out_TKD.to(case.dtype) * weights_TK1.float()).unbind(1)
         parts = [torch.zeros(x_TD.shape) for _ in range(case.world)]
         for owner, part in enumerate(parts):
-            for k, term_TD in enumerate(terms_KTD):
-                part += torch.where((owner_TK[:, k] == owner)[:, None], term_TD, 0.0)
-        y_TD = sum(
-            (coded(part, codec.combine, codec.scale).double() for part in parts), torch.zeros(x_TD.shape).double()
-        )
+            for k, term_TD in enumerate(terms_TKD.unbind(1)):
+                part.copy_(torch.where((owner_TK[:, k] == owner)[:, None], part + term_TD, part))
+        return sum((coded(part, form, codec.scale).double() for part in parts), torch.zeros(x_TD.shape).double())
+
+    if prereduced:
+        y_TD = sums(out_TKD.to(case.dtype), weights_TK1, codec.combine)
         grad_TKD = coded(probe_TD, codec.combine_backward, codec.scale).double().unsqueeze(1).expand_as(out_TKD)
         grad_weights_TK = (routes(grad_TKD) * out_TKD).sum(2)
-        grad_rows = routes((grad_TKD.float() * weights_TK1.float()).to(case.dtype))
     else:
         back_TKD = routes(coded(out_TKD.to(case.dtype), codec.combine, codec.scale))
         y_TD = (back_TKD * weights_TK1).sum(1)
         grad_weights_TK = (probe_TD.double().unsqueeze(1) * back_TKD).sum(2)
+    if weighted_there:
+        there_TKD = coded(probe_TD, codec.combine_backward, codec.scale).unsqueeze(1)
+        grad_rows = routes((there_TKD.float() * weights_TK1.float()).to(case.dtype))
+    else:
         sent_TKD = (probe_TD.unsqueeze(1).float() * weights_TK1.float()).to(case.dtype)
         grad_rows = routes(coded(sent_TKD, codec.combine_backward, codec.scale))
-    home_TKD = coded((grad_rows * factors_TK1).to(case.dtype), codec.dispatch_backward, codec.scale)
-    return Wanted(y_TD, routes(home_TKD).sum(1), grad_weights_TK, grad_rows)
+    home_TKD = (grad_rows * factors_TK1).to(case.dtype)
+    if summed_there:
+        grad_x_TD = sums(home_TKD, torch.ones(1), codec.dispatch_backward)
+    else:
+        grad_x_TD = routes(coded(home_TKD, codec.dispatch_backward, codec.scale)).sum(1)
+    return Wanted(y_TD, grad_x_TD, grad_weights_TK, grad_rows)
 
 
 @pytest.mark.parametrize("case, codec", SETTINGS, ids=IDS)
 def test_equals_a_loop_over_routes(case: Case, codec: Codec) -> None:
-    want = {way: [wanted(case, rank, codec, way) for rank in range(case.world)] for way in (False, True)}
+    kinds = list(product((False, True), repeat=4))
+    want = {kind: [wanted(case, rank, codec, *kind) for rank in range(case.world)] for kind in kinds}
     arrives = [coded(tokens(case, source), codec.dispatch, codec.scale) for source in range(case.world)]
     for rank, ways in enumerate(ran(case, codec)):
         here = routes_by_row(case, rank, case.world)
         rows = [arrives[source][token] for _, source, token, _ in here]
         want_RD = torch.stack(rows) if rows else torch.empty(0, case.dim, dtype=case.dtype)
         for way, found in ways.items():
-            expected = want["prereduced" in way]
+            prereduced, one_sided = "prereduced" in way, "onesided" in way
+            kind = (prereduced, prereduced or one_sided, prereduced and one_sided)
+            either = [want[(*kind, fused)] for fused in ((False, True) if prereduced and one_sided else (False,))]
+            expected = min(either, key=lambda each: relative_error(found["y_TD"], each[rank].y_TD))
             grads = [expected[source].grad_rows_TKD[token, k] for _, source, token, k in here]
             where = f"rank {rank} {way}"
             assert torch.equal(found["rows_RD"], want_RD), f"{where}: rows survive as they do at home"
@@ -176,7 +204,8 @@ def test_equals_a_loop_over_routes(case: Case, codec: Codec) -> None:
 def test_exact_results_are_the_same_bits_every_way(case: Case, codec: Codec) -> None:
     for ways in ran(case, codec):
         for way, found in ways.items():
-            first = ways["allgather/prereduced" if "prereduced" in way else "alltoall/exact"]
+            own_sums = "prereduced" in way or ("onesided" in way and codec.combine_backward != "none")
+            first = ways[way.removesuffix("/posted") if own_sums else "alltoall/exact"]
             for name, tensor in found.items():
                 assert torch.equal(tensor, first[name]), f"{way}: {name}"
 

@@ -20,7 +20,13 @@ from plain_moe import Case, ids_of, probe_of, tokens_of, weights_of
 from run_ranks import run_ranks
 
 CASES = [Case((6,), routing="holes", top_k=3, dim=5), Case((4,), routing="none"), Case((0,), top_k=2)]
-WAYS = [("alltoall", "exact"), ("allgather", "exact"), ("allgather", "prereduced")]
+WAYS = [
+    ("alltoall", "exact"),
+    ("allgather", "exact"),
+    ("allgather", "prereduced"),
+    ("onesided", "exact"),
+    ("onesided", "prereduced"),
+]
 
 
 def gathered(case: Case) -> Layout:

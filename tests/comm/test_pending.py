@@ -71,7 +71,7 @@ def overlapping(name: str) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("name", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", ["alltoall", "allgather", "onesided"])
 def test_two_exchanges_under_way_at_once(name: str) -> None:
     for equal in run_ranks(2, overlapping, name):
         assert all(equal), equal

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from moeweave.comm.dispatchers import select
 from moeweave.comm.dispatchers.allgather import AllGatherDispatcher
 from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
 from moeweave.comm.dispatchers.select import choose, make_dispatcher
@@ -78,10 +79,14 @@ def test_auto_reads_the_first_ranks_file(tmp_path: Path) -> None:
 
 
 def _auto(path: str) -> str:
-    group = dist.group.WORLD
+    """The choice among collectives: of ranks that share no memory."""
+    group, shares_memory = dist.group.WORLD, select.shares_memory
+    select.shares_memory = lambda group: False
     try:
         made = make_dispatcher("auto", group, 4, top_k=1, topology=path.format(dist.get_rank()))
     except ValueError as error:
         return str(error)
+    finally:
+        select.shares_memory = shares_memory
     assert isinstance(made, AllGatherDispatcher | AllToAllDispatcher)
     return type(made).__name__

@@ -199,10 +199,11 @@ def _serve() -> None:
     import transformers.models.mixtral.modeling_mixtral
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    from moeweave.launch import inspect, train, trainer, verify  # noqa: F401
+    from moeweave.launch import agent, inspect, submit, train, trainer, verify  # noqa: F401
     from moeweave.launch.bench import program as bench
 
     programs = {"train": train.main, "verify": verify.main, "inspect": inspect.main, "bench": bench.main}
+    programs["submit"] = submit.main
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from moeweave.comm.codec import Codec
-from moeweave.launch import cli, compose, prepare, train, verify
-from moeweave.launch.schema import ConfigError, TrainConfig, VerifyConfig
+from moeweave.launch import cli, compose, prepare, submit, submit_schema, train, verify
+from moeweave.launch.schema import BenchConfig, ConfigError, TrainConfig, VerifyConfig
+from moeweave.launch.submit_schema import SubmitConfig
 from moeweave.parallel.plan import Plan
 
 
@@ -33,8 +34,25 @@ def test_the_command_line_beats_the_experiment_and_the_groups():
 def test_every_option_of_every_group_composes():
     for group, options in compose.groups().items():
         for option in options:
-            assert isinstance(load(f"{group}={option}"), TrainConfig)
+            if group == "launcher":
+                _, launcher = submit_schema.load(compose.values(SubmitConfig, "submit", [f"launcher={option}"]))
+                assert launcher.kind == option
+            else:
+                assert isinstance(load(f"{group}={option}"), TrainConfig)
     assert isinstance(compose.load(VerifyConfig, "verify", []), VerifyConfig)
+    assert isinstance(compose.load(BenchConfig, "bench", []), BenchConfig)
+
+
+def test_a_launchers_group_has_exactly_the_fields_of_its_schema():
+    for name, schema in submit_schema.LAUNCHERS.items():
+        composed = compose.values(SubmitConfig, "submit", [f"launcher={name}"])["launcher"]
+        assert composed == dataclasses.asdict(schema()), name
+
+
+def test_submits_own_keys_are_no_keys_of_the_programs():
+    own = {field.name for field in dataclasses.fields(SubmitConfig)}
+    for schema in (TrainConfig, BenchConfig):
+        assert own & {field.name for field in dataclasses.fields(schema)} <= {"run"}
 
 
 def test_the_plan_group_has_exactly_the_fields_of_plan():
@@ -52,7 +70,7 @@ def test_a_comment_stands_above_every_field(path):
 
 
 def test_help_shows_worked_commands_groups_and_every_field():
-    for program in (train.PROGRAM, verify.PROGRAM):
+    for program in (train.PROGRAM, verify.PROGRAM, submit.PROGRAM):
         text = cli.help_text(program)
         for command, _ in program.examples:
             assert command in text
@@ -81,7 +99,7 @@ def test_every_worked_command_of_the_help_composes(tmp_path):
         ("steps.x=3", "steps is one value, not a group"),
         ("mesh=4", "mesh=4: is a group of fields.*mesh.dp"),
         ("log.progress=bars", "must be one of auto, bar, lines, off. Did you mean log.progress=bar?"),
-        ("experiment=quick", "experiment=quick: must be one of quickstart"),
+        ("experiment=quick", "experiment=quick: must be one of .*quickstart"),
         ("data=book.txt", "write data.path=book.txt"),
         ("steps=1,2", "several values"),
         ("~steps", "cannot be removed"),

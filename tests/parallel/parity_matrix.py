@@ -91,9 +91,9 @@ def compare(model: str, row: dict[str, Any]) -> dict[str, Any]:
     """One rank of one comparison; equal on every rank."""
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
 
     import moeweave as mw
+    from moeweave.parallel.hf.boxes import whole_tensor
     from moeweave.parallel.names import named_params
     from moeweave.parallel.schedules import Layout
     from moeweave.parallel.verify import gradient_parity
@@ -114,8 +114,7 @@ def compare(model: str, row: dict[str, Any]) -> dict[str, Any]:
         # So large a rate that storing the parameter rounds nothing of the update away.
         torch.optim.SGD(groups, lr=1000.0).step()
     want = {name: param.detach() for name, param in reference.named_parameters()}
-    got = {name: param.detach() for name, param in named_params(wrapped).items()}
-    whole = {name: param.full_tensor() if isinstance(param, DTensor) else param for name, param in got.items()}
+    whole = {name: whole_tensor(param) for name, param in named_params(wrapped).items()}
     moved = {name: want[name] - start[name] for name in whole}
     update = max(float((whole[name] - want[name]).norm() / moved[name].norm()) for name in whole if moved[name].any())
     worst_update = torch.tensor(update, dtype=torch.float64)

@@ -14,7 +14,7 @@ import moeweave as mw
 import plain_models
 from moeweave.parallel.adapter import find_moe_blocks
 from moeweave.parallel.expert_width import placements_of, slice_of
-from moeweave.parallel.hf.boxes import local_pieces
+from moeweave.parallel.hf.boxes import local_pieces, whole_tensor
 from moeweave.parallel.verify import ParityReport, gradient_parity
 from run_ranks import run_ranks
 
@@ -58,7 +58,7 @@ def held(name: str) -> list[tuple[str, bool, float]]:
             assert isinstance(param, DTensor)
             same = all(torch.equal(view, want[tuple(slice(*r) for r in box)]) for box, view in local_pieces(param))
             found.append(
-                (key, same and torch.equal(param.full_tensor(), want), param.to_local().numel() / want.numel())
+                (key, same and torch.equal(whole_tensor(param), want), param.to_local().numel() / want.numel())
             )
     return found
 
@@ -103,7 +103,7 @@ def uneven(tokens: list[int], forced: bool) -> list[float]:
     errors = [float((got_TD - y_TD.split(tokens)[mesh.data_rank]).detach().norm())]
     wanted = {key: param.grad for key, param in layers[0].named_parameters()}
     for key, param in wrapped.named_parameters():
-        grad = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
+        grad = whole_tensor(param.grad)
         want = wanted[key]
         errors.append(float((grad - want).norm() / want.norm().clamp(min=1e-6)))
     return errors

@@ -11,6 +11,7 @@ import pytest
 
 from parity_matrix import AXES, GRADIENT, MODELS, NORM, ROWS, compare, markdown, name_of, pairs, ranks_of
 from run_ranks import run_ranks
+from test_pipeline import V_ON_GLOO
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests/results/parity_matrix.json"
@@ -30,6 +31,8 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("model", "row"), cases())
 def test_gradients_update_and_norm_are_those_of_one_process(model: str, row: dict[str, Any]) -> None:
+    if row.get("schedule") == "dualpipev" and not V_ON_GLOO:
+        pytest.skip("torch 2.11 opens dualpipev by a message from a rank to itself, which gloo cannot send")
     for found in run_ranks(ranks_of(row), compare, model, row):
         assert found["gradient"] <= GRADIENT, (found["worst_name"], found["gradient"])
         assert found["loss_error"] <= GRADIENT

@@ -15,7 +15,7 @@ from moeweave.parallel.plan import Plan
 
 LEGAL = dict(
     data=["fsdp2", "ddp"],
-    dispatcher=["auto", "alltoall", "allgather"],
+    dispatcher=["auto", "alltoall", "allgather", "onesided"],
     combine=[None, "exact"],
     codec=[Codec(), Codec(dispatch="fp8"), Codec(combine="int8", dispatch_backward="fp8_e5m2")],
     aux=["global", "rank"],
@@ -78,7 +78,10 @@ def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
         (dict(capacity="all"), "Plan.capacity ('all') must be positive"),
         (dict(capacity=float("nan")), "Plan.capacity (nan) must be positive"),
         (dict(recompute="yes"), "Plan.recompute ('yes') must be one of False, True."),
-        (dict(dispatcher="deepep"), "dispatcher ('deepep') must be one of alltoall, allgather, ascend, auto."),
+        (
+            dict(dispatcher="deepep"),
+            "dispatcher ('deepep') must be one of alltoall, allgather, onesided, ascend, auto.",
+        ),
         (dict(dispatcher="alltoall", combine="prereduced"), "combine ('prereduced') must be one of exact"),
         (dict(codec="fp9"), "codec ('fp9') must be one of none, fp8, fp8_e5m2, int8. Did you mean 'fp8'?"),
         (dict(codec=dict(dispach="fp8")), "codec's field ('dispach') must be one of dispatch"),

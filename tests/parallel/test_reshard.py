@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import hf_zoo
 import moeweave as mw
+from moeweave.parallel.hf.boxes import whole_tensor
 from moeweave.parallel.names import named_params, named_state
 from run_ranks import run_ranks
 
@@ -64,8 +65,7 @@ def build(name: str) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return whole_tensor(tensor).clone()
 
 
 def prepared(name: str, mesh: str) -> tuple[Any, torch.optim.Optimizer, mw.Mesh]:

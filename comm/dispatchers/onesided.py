@@ -1,0 +1,202 @@
+"""Dispatch by one-sided writes: each token once to each rank that needs it, straight into that rank's window.
+
+Wins over collectives where memory can be shared, whatever the routing: no exchange of counts, no staging on either
+side, and fewer rows than an all-to-all (2.7 for 6.0 at top-8 over 4 ranks). On the CPU all ranks must be on one host.
+The way back is one row a token and rank, summed on the experts' rank ("prereduced", the default: bitwise repeatable,
+rounded once more), or a row a route ("exact": the bits of the all-to-all dispatcher).
+
+The asynchronous forms write at once and read at `wait`. `dispatch_async` of several micro-batches may be under way.
+
+Legend: T tokens here, K routes a token, D width, R rows here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moeweave.comm.codec import Codec
+from moeweave.comm.coded_rows import check_coded_rows, coded, coded_words
+from moeweave.comm.dispatch import Dispatched
+from moeweave.comm.engines import engine_named, engine_of
+from moeweave.comm.layout import Layout
+from moeweave.comm.onesided import Moves
+from moeweave.comm.onesided_combine import (
+    backward_rows,
+    backward_sums,
+    onesided_combine_rows,
+    onesided_combine_sums,
+    save_rows,
+    save_sums,
+)
+from moeweave.comm.onesided_ops import Settings, backward_dispatch, onesided_dispatch, onesided_resend, save_dispatch
+from moeweave.comm.pending import Pending
+from moeweave.comm.transfer import sum_routes
+
+
+class OneSidedDispatcher:
+    """TokenDispatcher over symmetric windows.
+
+    Args:
+        group: ranks that share the experts, None for this rank alone. Making a dispatcher is a collective over it.
+        num_experts: experts over the whole group, a multiple of its size; rank r holds the r-th contiguous block.
+        combine: "prereduced" or "exact".
+        codec: formats of the rows on the link.
+        coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; no gradient.
+        max_tokens: tokens that a rank may have at most; windows are sized for them once. None: windows grow.
+
+    Raises:
+        RuntimeError: ranks on several hosts; in any call, a peer that died, is late, or calls something else.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None,
+        num_experts: int,
+        combine: str = "prereduced",
+        *,
+        codec: Codec | None = None,
+        coded_rows: bool = False,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.codec, self.coded_rows = codec or Codec(), coded_rows
+        check_coded_rows(self.codec, coded_rows)
+        name, engine = engine_of(group)
+        self.num_experts = num_experts
+        # The engine of a group ends with the group; that of a rank alone, with its dispatcher.
+        self._alone = engine if group is None else None
+        exact, room = combine == "exact", max_tokens or 0
+        self._dispatch = Settings(name, exact, room, *self.codec.for_dispatch)
+        self._combine = Settings(name, exact, room, *self.codec.for_combine)
+        if coded_rows:  # the codes themselves are the rows
+            self._dispatch = self._dispatch.uncoded
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
+        sent, weights_TK = self._rows_to_send(x_TD), weights_TK.detach()
+        if handle is None:
+            rows_RD, weights_R, offsets_e, moves = onesided_dispatch(
+                sent, ids_TK, weights_TK, self.num_experts, *self._dispatch
+            )
+            handle = self._layout(ids_TK, offsets_e, Moves(*moves))
+        else:
+            rows_RD, weights_R = onesided_resend(sent, weights_TK, list(moves_of(handle)), *self._dispatch)
+        return self._dispatched(rows_RD, weights_R, handle, x_TD.shape[1])
+
+    def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
+        moves = list(moves_of(dispatched.handle))
+        if self._combine.exact:
+            return onesided_combine_rows(rows_RD, weights_TK, moves, *self._combine)[0]
+        return onesided_combine_sums(rows_RD, weights_TK, _weights_of(dispatched), moves, *self._combine)
+
+    def dispatch_async(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None
+    ) -> Pending[Dispatched]:
+        engine, wire, sent = engine_named(self._dispatch.engine), self._dispatch.wire, self._rows_to_send(x_TD)
+        width = x_TD.shape[1]
+
+        def joined(rows_RD: Tensor, weights_R: Tensor, layout: Layout) -> Dispatched:
+            if not self.coded_rows:
+                rows_RD = _Arrived.apply(x_TD, rows_RD, layout.top_k, moves_of(layout), self._dispatch)
+            return self._dispatched(rows_RD, weights_R, layout, width)
+
+        if handle is not None:
+            resent = engine.resend(sent, weights_TK, moves_of(handle), wire)
+            return Pending(lambda: joined(*resent.wait(), handle))
+        posted = engine.dispatch(sent, ids_TK, weights_TK, self.num_experts, wire)
+
+        def finish() -> Dispatched:
+            rows_RD, weights_R, offsets_e, moves = posted.wait()
+            return joined(rows_RD, weights_R, self._layout(ids_TK, offsets_e, moves))
+
+        return Pending(finish)
+
+    def combine_async(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        engine, wire, moves = engine_named(self._combine.engine), self._combine.wire, moves_of(dispatched.handle)
+        if self._combine.exact:
+            rows = engine.return_rows(rows_RD.detach(), moves, weights_TK.shape[0], weights_TK.shape[1], wire)
+            return Pending(lambda: _ReturnedRows.apply(rows_RD, weights_TK, rows.wait(), moves, self._combine))
+        weights_R = _weights_of(dispatched)
+        sums = engine.return_sums(rows_RD.detach(), weights_R, moves, weights_TK.shape[0], weights_TK.shape[1], wire)
+        return Pending(lambda: _ReturnedSums.apply(rows_RD, weights_TK, weights_R, sums.wait(), moves, self._combine))
+
+    def close(self) -> None:
+        """Leave the group's windows: no dispatcher over the group can be used afterwards. Its end does the same."""
+        engine_named(self._dispatch.engine).close()
+
+    def _rows_to_send(self, x_TD: Tensor) -> Tensor:
+        return coded_words(x_TD, self.codec) if self.coded_rows else x_TD
+
+    def _dispatched(self, rows_RD: Tensor, weights_R: Tensor, layout: Layout, width: int) -> Dispatched:
+        weights = None if self._combine.exact else weights_R
+        if self.coded_rows:
+            return coded(rows_RD, self.codec, width, layout, weights)
+        return Dispatched(rows_RD, None, weights, layout.offsets_e, layout)
+
+    def _layout(self, ids_TK: Tensor, offsets_e: Tensor, moves: Moves) -> Layout:
+        sent, received = moves.splits[0], moves.splits[1]
+        num_tokens, top_k = ids_TK.shape
+        engine = self._dispatch.engine
+        return Layout(moves.order_N, sent, received, moves.perm_R, offsets_e, num_tokens, top_k, engine, slots=moves)
+
+
+def moves_of(layout: Layout) -> Moves:
+    """The one-sided part of a layout."""
+    assert isinstance(layout.slots, Moves), "layout of another dispatcher"
+    return layout.slots
+
+
+def _weights_of(dispatched: Dispatched) -> Tensor:
+    assert dispatched.weights_R is not None, "dispatched by another dispatcher"
+    return dispatched.weights_R
+
+
+class _Arrived(torch.autograd.Function):
+    """Joins rows that an asynchronous dispatch brought to the graph of the tokens they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows_RD: Tensor, top_k: int, moves: Moves, settings: Settings) -> Tensor:
+        save_dispatch(ctx, x_TD, top_k, list(moves), settings)
+        return rows_RD
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        return backward_dispatch(ctx, grad_RD), None, None, None, None
+
+
+class _ReturnedRows(torch.autograd.Function):
+    """Weighted sum of the rows that an asynchronous exact combine brought back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, routes_TKD: Tensor, moves: Moves, settings: Settings
+    ) -> Tensor:
+        save_rows(ctx, rows_RD, weights_TK, routes_TKD, list(moves), settings)
+        return sum_routes(routes_TKD, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward_rows(ctx, grad_TD), None, None, None
+
+
+class _ReturnedSums(torch.autograd.Function):
+    """Joins the sums that an asynchronous prereduced combine brought back to the graph of the experts' rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        weights_TK: Tensor,
+        weights_R: Tensor,
+        y_TD: Tensor,
+        moves: Moves,
+        settings: Settings,
+    ) -> Tensor:
+        save_sums(ctx, rows_RD, weights_TK, weights_R, list(moves), settings)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward_sums(ctx, grad_TD), None, None, None, None

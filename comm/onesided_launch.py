@@ -1,0 +1,158 @@
+"""How the one-sided kernels are launched: what every launch is told, how many blocks it has, and what it reported.
+
+Nothing here waits for the device: failures and drops are read from pinned memory that kernels write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeweave.comm.windows_cuda import CudaWindow, WindowMap
+from moeweave.kernels_ext import onesided
+
+
+class OneSidedError(RuntimeError):
+    """A rank died, is late, or failed. Results of the operations since are NaN, and later ones fail at once."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Blocks, two to a multiprocessor at most.
+
+    Attributes:
+        senders: those that hold the link.
+        receivers: those that expand or sum what arrives.
+    """
+
+    senders: int
+    receivers: int
+
+    @classmethod
+    def of(cls, device: torch.device, num_sms: int | None = None) -> Budget:
+        """All multiprocessors for both, or `num_sms` for the link."""
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        senders = sms if num_sms is None else num_sms
+        if not 1 <= senders <= sms:
+            raise ValueError(
+                f"num_sms ({num_sms}) must be from 1 to {sms}, the multiprocessors of {device}. Change it."
+            )
+        return cls(senders, sms)
+
+
+class Launcher:
+    """Launches over one window, in order.
+
+    Args:
+        window: of this rank; every rank of the group has one of the same map.
+        window_map: its layout.
+        timeout: seconds that one wait of a kernel may take.
+        budget: blocks of each launch. Engines whose launches overlap must fit the device together.
+
+    Attributes:
+        window_map, budget: as given.
+        device: of the window.
+        state: int32 [32] on the device, the kernels' counters.
+        stream: for asynchronous operations.
+        posted: end of the last of these, until something waited for it; launches on other streams come after it.
+    """
+
+    def __init__(self, window: CudaWindow, window_map: WindowMap, timeout: float, budget: Budget | None) -> None:
+        self.window, self.window_map, self.timeout = window, window_map, timeout
+        self.device = window.peers.device
+        self.budget = budget or Budget.of(self.device)
+        self.state = torch.zeros(32, dtype=torch.int32, device=self.device)
+        self.stream = torch.cuda.Stream(self.device)
+        self.posted: torch.cuda.Event | None = None
+        self._report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
+        self._base = self._fixed_params()
+
+    def params(self, kind: str) -> Any:
+        """What every operation of a kind is told; the caller adds its tensors and sizes."""
+        params, starts = type(self._base).from_buffer_copy(self._base), self.window_map.starts
+        params.kind = onesided.OPERATIONS.index(kind)
+        for part in ("acks", "flags", "cells", "counts", "rows"):
+            if f"{kind}_{part}" in starts:
+                setattr(params, f"at_{part}", starts[f"{kind}_{part}"])
+        return params
+
+    def share_rows(self, kernel: str, params: Any, sent: int, received: int) -> None:
+        """Warps that share a row: more than one where there are more warps than rows.
+
+        A sending block has `sent` rows, all receiving ones `received`; a part is no shorter than 512 bytes, and the
+        parts of all slots are counted in 31 bits.
+        """
+        slots = self.window_map.size * (self.window_map.max_tokens + onesided.MAX_CHUNK)
+        warps, most = onesided.THREADS[kernel] // 32, max(min(params.row_stride // 512, 2**31 // slots - 1), 1)
+        params.sender_parts = divisor_below(warps, min(warps // max(sent, 1), most))
+        params.receiver_parts = divisor_below(warps, min(self.budget.receivers * warps // max(received, 1), most))
+
+    def launch(
+        self, kernel: str, params: Any, dtype: torch.dtype, format: str, scale: str, grid: int | None = None
+    ) -> None:
+        """Run a kernel on the current stream, after what was posted; raises what an earlier launch reported."""
+        self.check()
+        stream = torch.cuda.current_stream(self.device)
+        if self.posted is not None and stream != self.stream:
+            stream.wait_event(self.posted)
+        module = onesided.kernels(dtype, format, scale, self.window_map.top_k, self.device.index or 0)
+        grid = self.budget.senders + self.budget.receivers if grid is None else grid
+        module.launch(kernel, grid, onesided.THREADS[kernel], params, shared_bytes=8 * self.window_map.num_experts)
+
+    @property
+    def num_dropped(self) -> int:
+        """Routes that found no room here, over all dispatches that have ended. No synchronisation."""
+        return int(self._report[5])
+
+    @property
+    def num_planned(self) -> int:
+        """Rows that the last plan that has ended found."""
+        return int(self._report[6])
+
+    def check(self) -> None:
+        """Raise OneSidedError if an operation that has ended has failed. No synchronisation."""
+        failed, kind, wait, awaited, reporter, *_ = self._report.tolist()
+        if not failed:
+            return
+        what, said = onesided.OPERATIONS[kind], "" if reporter == self.window.rank else f", as rank {reporter} reports"
+        raise OneSidedError(
+            f"onesided, rank {self.window.rank} of {self.window.size}: {what} waited {self.timeout:g} s for the "
+            f"{onesided.WAITS[wait]} of rank {awaited}{said}. Its results are NaN. Restart the ranks of this group."
+        )
+
+    def _fixed_params(self) -> Any:
+        params, window, room = onesided.params_type()(), self.window, self.window_map
+        set_tensors(params, peers=window.peers, state=self.state, report=self._report)
+        # id * magic >> 32 is id / num_local for ids below 65536; 0 stands for 1 expert a rank.
+        magic = 0 if room.num_local == 1 else ceil_div(1 << 32, room.num_local)
+        values = dict(
+            window=int(window.peers[window.rank]), deadline=int(self.timeout * 1e9), at_abort=room.starts["abort"],
+            at_meta=room.starts["meta"], at_dots=room.starts["dots"], meta_stride=room.meta_bytes, rank=window.rank,
+            world=window.size, num_experts=room.num_experts, num_local=room.num_local,
+            magic=ctypes.c_int32(magic).value,
+            max_tokens=room.max_tokens, chunk=room.chunk, num_chunks=room.num_chunks, align=1,
+            senders=self.budget.senders, receivers=self.budget.receivers, sender_parts=1, receiver_parts=1,
+            roles=onesided.SEND | onesided.RECEIVE,
+        )  # fmt: skip
+        for name, value in values.items():
+            setattr(params, name, value)
+        return params
+
+
+def set_tensors(params: Any, **tensors: Tensor) -> None:
+    """Addresses of tensors into the fields of these names."""
+    for name, tensor in tensors.items():
+        setattr(params, name, tensor.data_ptr())
+
+
+def ceil_div(number: int, step: int) -> int:
+    return -(-number // step)
+
+
+def divisor_below(number: int, most: int) -> int:
+    """Largest divisor of `number` that is at most `most`, or 1."""
+    return max((d for d in range(1, number + 1) if number % d == 0 and d <= most), default=1)

@@ -1,0 +1,81 @@
+"""One-sided dispatch and combine for NVIDIA GPUs: kernels that write rows straight into peers' windows.
+
+What each kernel does is in `csrc/`, one file an idea, in the order of `SOURCES`; together they are one source without
+headers, compiled at first use (`nvrtc.py`) for a dtype, a codec, a scale group and a top-k. `Params` is the one
+structure that every kernel takes. Who allocates windows and calls the kernels is `comm/onesided_cuda.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+import torch
+
+from moeweave.kernels_ext import nvrtc
+
+SOURCES = ("link.cu", "rows.cu", "layout.cu", "dispatch.cu", "combine.cu")
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+CODECS = {"none": 0, "int8": 1, "fp8": 2, "fp8_e5m2": 3}
+GROUPS = {"token": 0, "group128": 128}
+WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Threads of a block, as the kernels' launch bounds have it; sums hold more in registers.
+THREADS = {"moeweave_dispatch": 512, "moeweave_combine": 384, "moeweave_weight_gradients": 512, "moeweave_plan": 512}
+MAX_RANKS, MAX_TOP_K, MAX_CHUNK = 64, 16, 32
+
+# Enumerations of link.cu.
+SEND, RECEIVE = 1, 2
+CACHED, RAW, GRADIENT, EXACT, WEIGHTED = 1, 2, 4, 8, 16
+OPERATIONS = ("dispatch", "combine", "plan")
+WAITS = {1: "acknowledgement of the round before", 2: "counts of routes", 3: "rows", 4: "gradients of the weights"}
+_C_TYPES = {"u64": ctypes.c_uint64, "i64": ctypes.c_int64, "int": ctypes.c_int32}
+
+
+@functools.cache
+def source() -> str:
+    """All of `csrc/`, in order."""
+    folder = Path(__file__).parent / "csrc"
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+
+
+def _fields() -> list[tuple[str, type]]:
+    """Fields of `struct Params`, read from link.cu: there is one list of them."""
+    text = (Path(__file__).parent / "csrc" / "link.cu").read_text(encoding="utf-8")
+    match = re.search(r"struct Params \{(.*?)\};", text, re.DOTALL)
+    assert match, "link.cu has no struct Params"
+    statements = re.sub(r"//[^\n]*", "", match[1]).split(";")
+    typed = [statement.split(None, 1) for statement in statements if statement.strip()]
+    return [(name.strip(), _C_TYPES[kind]) for kind, names in typed for name in names.split(",")]
+
+
+@functools.cache
+def params_type() -> type[ctypes.Structure]:
+    """ctypes twin of `struct Params`."""
+    return type("Params", (ctypes.Structure,), {"_fields_": _fields()})
+
+
+def defines(dtype: torch.dtype, codec: str, scale: str, top_k: int) -> tuple[tuple[str, int], ...]:
+    """What the source is compiled for."""
+    group = GROUPS[scale] if codec != "none" else 0
+    return ("MW_DTYPE", DTYPES[dtype]), ("MW_CODEC", CODECS[codec]), ("MW_GROUP", group), ("MW_TOPK", top_k)
+
+
+def kernels(dtype: torch.dtype, codec: str, scale: str, top_k: int, device: int) -> nvrtc.Module:
+    """The kernels for rows of `dtype` that travel as `codec` and `scale` of comm/codec.py say."""
+    return nvrtc.load(source(), "onesided.cu", tuple(THREADS), defines(dtype, codec, scale, top_k), device)
+
+
+def supports(device: torch.device) -> str | None:
+    """None, or why the kernels cannot run on this device."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"needs an NVIDIA GPU, not {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        return f"needs compute capability 9.0 or newer, this GPU has {'.'.join(map(str, capability))}"
+    try:
+        nvrtc.compiler()
+    except OSError as error:
+        return str(error)
+    return None

@@ -1,0 +1,138 @@
+"""The dispatcher over CUDA engines, with its gradients: virtual ranks on one GPU against one autograd graph of all.
+
+Experts multiply a row by a vector of their own, so that gradients of rows, weights and experts are all of interest.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeweave.comm.codec import Codec
+from moeweave.comm.dispatch import Dispatched
+from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDispatcher
+from moeweave.comm.engines_cuda import open_engine
+from moeweave.comm.onesided_launch import Budget
+from moeweave.kernels_ext.tolerance import SQNR_FLOOR, assert_close, sqnr
+from onesided_cases import Case, Inputs
+from virtual_ranks import Streams, virtual_engines
+
+pytestmark = pytest.mark.gpu
+
+
+def dispatchers_of(case: Case, **options: object) -> list[OneSidedCudaDispatcher]:
+    engines = virtual_engines(case.window)
+    made = []
+    for each in engines:
+        engine = open_engine(each.launcher.window, case.window, timeout=10.0, budget=each.launcher.budget)
+        dispatcher = OneSidedCudaDispatcher(None, case.num_experts, "exact" if case.exact else "prereduced", **options)
+        dispatcher._engine = engine
+        made.append(dispatcher)
+    return made
+
+
+def apply_experts(scales_eD: Tensor, dispatched: Dispatched) -> Tensor:
+    """Every row times its expert's vector; rows past the last are left out of every gradient."""
+    rows_RD = dispatched.rows_RD
+    place = torch.arange(rows_RD.shape[0], device=rows_RD.device)
+    expert = torch.searchsorted(dispatched.offsets_e, place, right=True)
+    valid = expert < scales_eD.shape[0]
+    # Before anything is multiplied: what lies there may be NaN, and zero times NaN would reach the experts' gradients.
+    used_RD = torch.where(valid[:, None], rows_RD, 0.0)
+    return (used_RD.float() * scales_eD[expert.clamp(max=scales_eD.shape[0] - 1)]).to(rows_RD.dtype)
+
+
+def plain(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, scales_ED: Tensor) -> Tensor:
+    routed = (ids_TK >= 0) & (ids_TK < scales_ED.shape[0])
+    per_route = x_TD.float()[:, None] * scales_ED[torch.where(routed, ids_TK, 0)]
+    return (per_route * torch.where(routed, weights_TK, 0.0)[:, :, None]).sum(1)
+
+
+CASES = [
+    Case(tokens=(20, 64), num_experts=8, routing="holes"),
+    Case(routing="holes", exact=True),
+    Case(dtype=torch.float32, width=64, routing="spread"),
+    Case(tokens=(0, 3, 0, 9), routing="hot"),
+]
+
+
+@pytest.mark.parametrize("posted", [False, True], ids=["called", "posted"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_against_one_graph(case: Case, posted: bool) -> None:
+    room = case.world * case.max_tokens * case.top_k
+    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=room)), Streams(case.world)
+    inputs, num_local = Inputs.of(case, 3), case.num_experts // case.world
+    leaf = lambda t: t.detach().clone().requires_grad_()  # noqa: E731
+    scales_ED = torch.rand(case.num_experts, case.width, device="cuda") + 0.5
+    xs, weights, mine = (
+        list(map(leaf, inputs.xs)),
+        list(map(leaf, inputs.weights)),
+        list(map(leaf, scales_ED.split(num_local))),
+    )
+    probes = [torch.randn(x.shape, device="cuda") for x in xs]
+
+    def forward(rank: int) -> Dispatched:
+        arguments = xs[rank], inputs.ids[rank], weights[rank]
+        return dispatchers[rank].dispatch_async(*arguments).wait() if posted else dispatchers[rank].dispatch(*arguments)
+
+    arrived = streams.run(forward)
+    made = streams.run(lambda rank: apply_experts(mine[rank], arrived[rank]))
+
+    def back(rank: int) -> Tensor:
+        arguments = made[rank], weights[rank], arrived[rank]
+        return dispatchers[rank].combine_async(*arguments).wait() if posted else dispatchers[rank].combine(*arguments)
+
+    ys = streams.run(back)
+    # One rank's backward kernels wait for another's: all are launched before anything looks at a result.
+    total = sum((y.float() * probe).sum() for y, probe in zip(ys, probes, strict=True))
+    total.backward()
+    want_x, want_w, want_s = list(map(leaf, inputs.xs)), list(map(leaf, inputs.weights)), leaf(scales_ED)
+    want = [plain(x, ids, w, want_s) for x, ids, w in zip(want_x, inputs.ids, want_w, strict=True)]
+    sum((y * probe).sum() for y, probe in zip(want, probes, strict=True)).backward()
+    for rank in range(case.world):
+        assert_close("y", ys[rank], want[rank].detach(), case.dtype)
+        assert_close("x gradient", xs[rank].grad, want_x[rank].grad, case.dtype)
+        assert_close("weights' gradient", weights[rank].grad, want_w[rank].grad, case.dtype)
+        assert_close("experts' gradient", mine[rank].grad, want_s.grad.split(num_local)[rank], case.dtype)
+        dispatchers[rank].check()
+
+
+@pytest.mark.parametrize("code", ["fp8", "int8"])
+def test_codec_on_all_four_exchanges(code: str) -> None:
+    case = Case(format=code)
+    codec = Codec(dispatch=code, combine=code, dispatch_backward=code, combine_backward=code)
+    dispatchers, streams = (
+        dispatchers_of(case, options=CudaOptions(capacity=2000), codec=codec),
+        Streams(case.world),
+    )
+    inputs = Inputs.of(case, 3)
+    xs = [x.clone().requires_grad_() for x in inputs.xs]
+    arrived = streams.run(lambda rank: dispatchers[rank].dispatch(xs[rank], inputs.ids[rank], inputs.weights[rank]))
+    ys = streams.run(lambda r: dispatchers[r].combine(arrived[r].rows_RD, inputs.weights[r], arrived[r]))
+    sum(y.float().sum() for y in ys).backward()
+    for rank in range(case.world):
+        total = inputs.weights[rank].sum(1, keepdim=True)
+        assert (
+            sqnr(ys[rank], inputs.xs[rank].float() * total) > SQNR_FLOOR[code][0] - 6
+        )  # of rows that were coded twice
+        assert sqnr(xs[rank].grad, total.expand(-1, case.width)) > SQNR_FLOOR[code][0] - 6
+
+
+def test_handle_is_reused() -> None:
+    case = Case(routing="holes")
+    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=2000)), Streams(case.world)
+    inputs = Inputs.of(case, 1)
+    once = streams.run(lambda r: dispatchers[r].dispatch(inputs.xs[r], inputs.ids[r], inputs.weights[r]))
+    again = streams.run(
+        lambda r: dispatchers[r].dispatch(inputs.xs[r], inputs.ids[r], inputs.weights[r], handle=once[r].handle)
+    )
+    for first, second in zip(once, again, strict=True):
+        end = int(first.offsets_e[-1])
+        assert torch.equal(first.rows_RD[:end], second.rows_RD[:end])
+        assert torch.equal(first.weights_R[:end], second.weights_R[:end])
+
+
+def test_budget_beyond_the_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_sms \(100000\) must be from 1 to \d+"):
+        Budget.of(torch.device("cuda", 0), 100_000)

@@ -1,0 +1,192 @@
+"""What keeps the CUDA engine's rounds apart: room, counts, graphs, epochs, deadlines, and many random rounds."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
+from moeweave.comm.onesided_launch import Budget, OneSidedError
+from moeweave.kernels_ext.onesided import reference
+from onesided_cases import Case, Inputs, check_dispatch, dispatched, experts, poison, round_trip, setup
+from virtual_ranks import Streams
+
+pytestmark = pytest.mark.gpu
+
+
+def combined(engines: list[CudaEngine], streams: Streams, arrived: list[CudaArrived]) -> list[Tensor]:
+    """The rows as they arrived, weighted and summed."""
+    return streams.run(lambda r: engines[r].combine(arrived[r].rows_RD, arrived[r].weights_R, arrived[r].moves))
+
+
+def test_overflow_is_counted_and_dropped() -> None:
+    case, room = Case(exact=True), 40
+    engines, streams = setup(case)
+    inputs = Inputs.of(case)
+    arrived = streams.run(
+        lambda rank: engines[rank].dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], capacity=room)
+    )
+    torch.cuda.synchronize()
+    kept = []
+    for rank, got in enumerate(arrived):
+        rows, weights, ends = reference.dispatch(inputs.xs, inputs.ids, inputs.weights, case.num_experts, rank)
+        assert torch.equal(got.rows_RD, rows[:room])
+        assert torch.equal(got.moves.offsets_e, ends.clamp(max=room))
+        assert engines[rank].launcher.num_dropped == len(rows) - room > 0
+        made = experts(rows)
+        made[room:] = 0
+        kept.append((made, weights))
+    for exact in (False, True):
+
+        def call(rank: int, exact: bool = exact) -> Tensor:
+            weights = inputs.weights[rank] if exact else arrived[rank].weights_R
+            return engines[rank].combine(kept[rank][0][:room].clone(), weights, arrived[rank].moves, exact=exact)
+
+        got_y = streams.run(call)
+        made, weights_R = [made for made, _ in kept], [weights for _, weights in kept]
+        if exact:
+            want = reference.combine_exact(made, inputs.weights, inputs.ids, case.num_experts)
+        else:
+            want = reference.combine(made, weights_R, inputs.ids, case.num_experts)
+        assert all(map(torch.equal, got_y, want))
+
+
+def test_plan_tells_the_exact_number_of_rows() -> None:
+    case = Case(routing="holes")
+    engines, streams = setup(case)
+
+    def call(rank: int) -> int:
+        with torch.cuda.stream(streams.streams[rank]):
+            return engines[rank].plan(inputs.ids[rank])
+
+    for seed in range(3):
+        inputs = Inputs.of(case, seed)
+        torch.cuda.synchronize()
+        with ThreadPoolExecutor(case.world) as pool:
+            got = list(pool.map(call, range(case.world)))
+        want = [int(reference.rows_of_routes(inputs.ids, case.num_experts, rank)[1][-1]) for rank in range(case.world)]
+        assert got == want
+
+
+def test_graph_replays_with_other_routing() -> None:
+    case = Case(tokens=(64, 20, 64, 3), routing="spread")
+    engines, streams = setup(case)
+    inputs = Inputs.of(case)
+
+    def step() -> tuple[list[CudaArrived], list[Tensor]]:
+        arrived = dispatched(case, engines, streams, inputs)
+        made = [experts(each.rows_RD) for each in arrived]
+        return arrived, streams.run(lambda r: engines[r].combine(made[r], arrived[r].weights_R, arrived[r].moves))
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        arrived, ys = step()
+    for seed in range(1, 20):
+        fresh = Inputs.of(replace(case, routing="holes" if seed % 3 else "spread"), seed)
+        for kept, new in zip(
+            inputs.xs + inputs.ids + inputs.weights, fresh.xs + fresh.ids + fresh.weights, strict=True
+        ):
+            kept.copy_(new)
+        poison(engines)
+        graph.replay()
+        expected = check_dispatch(case, arrived, inputs)
+        made, weights = [experts(rows) for rows, _ in expected], [weights for _, weights in expected]
+        want = reference.combine(made, weights, inputs.ids, case.num_experts)
+        assert all(map(torch.equal, ys, want))
+    for engine in engines:
+        engine.launcher.check()
+
+
+def test_epochs_wrap() -> None:
+    case = Case()
+    engines, streams = setup(case)
+    for engine in engines:
+        for kind, name in enumerate(("dispatch", "combine")):
+            engine.launcher.state[8 + 4 * kind : 10 + 4 * kind] = -3
+            first = engine.map.starts[f"{name}_acks"]
+            engine.launcher.window.memory[first : first + 8 * case.world].view(torch.int64).fill_(-3 << 32)
+    for seed in range(6):
+        round_trip(case, engines, streams, Inputs.of(case, seed))
+    assert int(engines[0].launcher.state[8]) == 3
+
+
+def test_two_engines_at_once_do_not_interfere() -> None:
+    case = Case(tokens=(30, 64), max_tokens=64)
+    budget = Budget(12, 12)
+    pairs = [setup(case, budget=budget) for _ in range(2)]
+    inputs = [Inputs.of(case, seed) for seed in range(2)]
+    sides = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(10):
+        arrived = []
+        for side, (engines, streams), each in zip(sides, pairs, inputs, strict=True):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                arrived.append(dispatched(case, engines, streams, each))
+        torch.cuda.synchronize()
+        for got, each in zip(arrived, inputs, strict=True):
+            check_dispatch(case, got, each)
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+@pytest.mark.parametrize("graphed", [False, True])
+def test_an_absent_rank_ends_in_an_error(operation: str, graphed: bool) -> None:
+    case = Case(tokens=(16, 16, 16), num_experts=12)
+    engines, streams = setup(case, timeout=0.5)
+    inputs = Inputs.of(case)
+    arrived = dispatched(case, engines, streams, inputs)
+
+    def step(rank: int) -> Tensor:
+        if operation == "combine":
+            return engines[rank].combine(arrived[rank].rows_RD, arrived[rank].weights_R, arrived[rank].moves)
+        return engines[rank].dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], capacity=200).rows_RD
+
+    streams.run(step)
+    torch.cuda.synchronize()
+    streams.streams.pop(1)  # rank 1 is gone; ranks 0 and 2 go on
+    alive = {0: 0, 1: 2}
+    if graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = streams.run(lambda index: step(alive[index]))
+        graph.replay()
+    else:
+        outputs = streams.run(lambda index: step(alive[index]))
+    torch.cuda.synchronize()
+    for output in outputs:
+        assert output.isnan().all()
+    for rank in (0, 2):
+        with pytest.raises(OneSidedError, match=rf"rank {rank} of 3: {operation} waited 0.5 s for the .* of rank 1"):
+            engines[rank].launcher.check()
+        with pytest.raises(OneSidedError):
+            step(rank)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_many_random_rounds(world: int) -> None:
+    case = Case(tokens=(48,) * world, num_experts=8 * world, top_k=6, width=128, max_tokens=48)
+    engines, streams = setup(case)
+    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    g = torch.Generator().manual_seed(world)
+    for seed in range(700):
+        tokens = tuple(torch.randint(0, 49, (world,), generator=g).tolist())
+        now = replace(case, tokens=tokens, routing=("spread", "holes", "holes")[seed % 3])
+        inputs = Inputs.of(now, seed)
+        arrived = dispatched(now, engines, streams, inputs)
+        ys = combined(engines, streams, arrived)
+        expected = [
+            reference.dispatch(inputs.xs, inputs.ids, inputs.weights, case.num_experts, rank) for rank in range(world)
+        ]
+        want = reference.combine([e[0] for e in expected], [e[1] for e in expected], inputs.ids, case.num_experts)
+        for rank in range(world):
+            rows = expected[rank][0]
+            bad += (arrived[rank].rows_RD[: len(rows)] != rows).sum() + (ys[rank] != want[rank]).sum()
+            bad += (arrived[rank].moves.offsets_e != expected[rank][2]).sum()
+    assert int(bad) == 0
+    for engine in engines:
+        engine.launcher.check()

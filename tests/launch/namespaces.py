@@ -1,0 +1,175 @@
+"""Two "hosts" on one machine: network namespaces joined by a link, with an sshd in each.
+
+Everything belongs to the two namespaces, which nothing outside reaches; leaving the context removes them, their
+processes and their files, however it is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CLONE_NEWNET = 0x40000000
+NAMES = ("a", "b")
+
+
+@dataclass(frozen=True)
+class TwoHosts:
+    """The namespaces' names, their addresses, and what ssh needs to log in to both."""
+
+    names: tuple[str, str]
+    addresses: tuple[str, str]
+    folder: Path
+
+    def ssh_overrides(self) -> list[str]:
+        """Arguments of moeweave-submit."""
+        known, key = self.folder / "known_hosts", self.folder / "key"
+        return [
+            "launcher=ssh",
+            f"launcher.hosts=[{','.join(self.addresses)}]",
+            "launcher.port=2222",
+            f"launcher.identity={key}",
+            f"launcher.options=['UserKnownHostsFile={known}','GlobalKnownHostsFile=/dev/null','IdentitiesOnly=yes']",
+        ]
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of all processes in the namespaces but the two sshd that the context started."""
+        found: dict[int, str] = {}
+        for name in self.names:
+            for pid in _pids(name):
+                with suppress(OSError):
+                    found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return {pid: line for pid, line in found.items() if line and "sshd" not in line}
+
+    def listeners(self) -> set[tuple[str, int]]:
+        """(address, port) of every TCP socket that listens in the namespaces."""
+        found = set()
+        for name in self.names:
+            text = _run("ip", "netns", "exec", name, "ss", "-H", "-l", "-t", "-n")
+            for line in text.splitlines():
+                address, _, port = line.split()[3].rpartition(":")
+                found.add((address, int(port)))
+        return found
+
+
+def why_not() -> str | None:
+    """Why namespaces with sshd cannot be made here, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces with sshd need root"
+    for program in ("ip", "ss", "ssh", "sshd", "ssh-keygen"):
+        if shutil.which(program) is None and not Path(f"/usr/sbin/{program}").exists():
+            return f"this machine has no {program}"
+    name = f"mw{os.getpid()}t"
+    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"this machine makes no network namespaces: {done.stderr.strip()}"
+    link = ["ip", "-n", name, "link", "add", "v0", "type", "veth", "peer", "name", "v1"]
+    done = subprocess.run(link, capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], check=False)
+    return f"this kernel has no veth links: {done.stderr.strip()}" if done.returncode else None
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[TwoHosts]:
+    """The hosts, or a skip that says what is missing."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    names = (f"mw{os.getpid()}a", f"mw{os.getpid()}b")
+    hosts = TwoHosts(names, ("10.77.0.1", "10.77.0.2"), folder)
+    servers: list[subprocess.Popen] = []
+    try:
+        _link(hosts)
+        _keys(hosts)
+        servers += [_sshd(name, address, folder) for name, address in zip(names, hosts.addresses, strict=True)]
+        for server, address in zip(servers, hosts.addresses, strict=True):
+            _until_it_listens(hosts, server, address)
+        yield hosts
+    finally:
+        for server in servers:
+            server.terminate()
+        for name in names:
+            for pid in _pids(name):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for server in servers:
+            server.wait(10)
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def enter(name: str) -> None:
+    """Moves this process into a namespace's network."""
+    with Path(f"/var/run/netns/{name}").open() as file:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.setns(file.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+
+
+def _link(hosts: TwoHosts) -> None:
+    one, other = hosts.names
+    for name in hosts.names:
+        _run("ip", "netns", "add", name)
+    _run("ip", "link", "add", "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other)
+    for name, address in zip(hosts.names, hosts.addresses, strict=True):
+        _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            _run("ip", "-n", name, "link", "set", device, "up")
+
+
+def _keys(hosts: TwoHosts) -> None:
+    for name in ("key", "host_key"):
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(hosts.folder / name))
+    public = (hosts.folder / "host_key.pub").read_text().split()[:2]
+    lines = [f"[{address}]:2222 {' '.join(public)}\n" for address in hosts.addresses]
+    (hosts.folder / "known_hosts").write_text("".join(lines))
+    shutil.copy(hosts.folder / "key.pub", hosts.folder / "authorized_keys")
+
+
+def _sshd(name: str, address: str, folder: Path) -> subprocess.Popen:
+    settings = {
+        "ListenAddress": f"{address}:2222",
+        "HostKey": folder / "host_key",
+        "AuthorizedKeysFile": folder / "authorized_keys",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PasswordAuthentication": "no",
+        "PermitRootLogin": "prohibit-password",
+        "AllowUsers": pwd.getpwuid(os.geteuid()).pw_name,
+    }
+    config = folder / f"sshd-{name}"
+    config.write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it for its unprivileged half
+    program = shutil.which("sshd") or "/usr/sbin/sshd"
+    log = (folder / f"sshd-{name}.log").open("w")
+    return subprocess.Popen(["ip", "netns", "exec", name, program, "-D", "-e", "-f", str(config)], stderr=log)
+
+
+def _until_it_listens(hosts: TwoHosts, server: subprocess.Popen, address: str) -> None:
+    deadline = time.monotonic() + 20
+    while (address, 2222) not in hosts.listeners():
+        logs = "".join(path.read_text() for path in hosts.folder.glob("sshd-*.log"))
+        assert server.poll() is None and time.monotonic() < deadline, f"sshd does not listen:\n{logs}"
+        time.sleep(0.1)
+
+
+def _pids(name: str) -> list[int]:
+    done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+    return [int(line) for line in done.stdout.split()]
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout
