@@ -18,8 +18,8 @@ from moeweave.launch import report
 from moeweave.parallel.adapter import MoEBlock, find_moe_blocks
 from moeweave.parallel.hf.build import SIZES, build_model
 from moeweave.parallel.mesh import MeshSizes
-from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.sequence import check_sequence, shares_sequence
 from moeweave.parallel.suggest import Hardware, Suggestion, suggest
 
 EXAMPLES = """\
@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = getattr(torch, arguments.dtype)
         model = build_model(arguments.source, overrides, size=arguments.size, device="meta", dtype=dtype)
         blocks = find_moe_blocks(model)
-        check_axes(sizes)
         for block in blocks:
             sizes.check_experts(block.num_experts, block.path)
+        if shares_sequence(sizes, plan):
+            check_sequence(model, blocks, sizes, plan)
         suggestions = _suggest(model, arguments) if arguments.world else []
     except ValueError as error:
         print(f"moeweave-inspect: refused: {error}", file=sys.stderr)

@@ -15,9 +15,9 @@ from moeweave.parallel.adapter import find_moe_blocks
 from moeweave.parallel.expert import check_codec_width
 from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.hf.build import build_model
-from moeweave.parallel.parallelize import check_axes
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.schedules import Layout
+from moeweave.parallel.sequence import check_sequence, shares_sequence
 from moeweave.parallel.stages import layer_list, share_out
 from moeweave.parallel.tensor import plan_of
 
@@ -25,7 +25,6 @@ from moeweave.parallel.tensor import plan_of
 def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> nn.Module:
     """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
     parsed = Plan.from_dict(plan)
-    check_axes(mesh.sizes())
     _check_topology(plan.get("topology"))
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
     blocks = find_moe_blocks(built)
@@ -39,6 +38,8 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
             check_width(block, sizes.etp, sizes.edp)
     if sizes.tp > 1:
         plan_of(built, blocks, sizes.tp)
+    if shares_sequence(sizes, parsed):
+        check_sequence(built, blocks, sizes, parsed)
     if sizes.pp > 1:
         share_out([0] * len(layer_list(built, blocks)), Layout(parsed.schedule, sizes.pp).num_stages, 0, 0)
     return built

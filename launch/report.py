@@ -145,7 +145,7 @@ def _share(param: Tensor, is_expert: bool, sizes: MeshSizes, plan: Plan) -> int:
 
 
 def _dense_shards(sizes: MeshSizes, plan: Plan) -> int:
-    return sizes.dp if plan.data == "fsdp2" else 1
+    return sizes.dp * sizes.sp if plan.data == "fsdp2" else 1
 
 
 def _dense_placement(sizes: MeshSizes, plan: Plan) -> str:
@@ -156,12 +156,13 @@ def _dense_placement(sizes: MeshSizes, plan: Plan) -> str:
 
 
 def _data_placement(sizes: MeshSizes, plan: Plan) -> str:
-    if sizes.dp * sizes.dp_replicate == 1:
+    shards = sizes.dp * sizes.sp
+    if shards * sizes.dp_replicate == 1:
         return "whole"
     if plan.data == "ddp":
-        return f"{sizes.dp * sizes.dp_replicate} copies (DDP)"
+        return f"{shards * sizes.dp_replicate} copies (DDP)"
     replicas = f", {sizes.dp_replicate} replicas (HSDP)" if sizes.dp_replicate > 1 else ""
-    return f"FSDP2 over dp={sizes.dp}{replicas}"
+    return f"FSDP2 over {f'dp={sizes.dp}' if sizes.sp == 1 else f'dp * sp={shards}'}{replicas}"
 
 
 def _own_params(block: MoEBlock) -> Iterator[tuple[str, nn.Parameter]]:

@@ -25,6 +25,7 @@ from moeweave.launch import data, env, optim, plot, prepare, progress, runlog
 from moeweave.launch.compose import to_yaml
 from moeweave.launch.sampler import Sampler
 from moeweave.launch.schema import TrainConfig
+from moeweave.parallel.record import record_of
 from moeweave.parallel.verify import ParityReport, gradient_parity
 
 
@@ -195,14 +196,15 @@ def _seed_step(seed: int, step: int, data_rank: int) -> None:
 
 
 def _global_load(training: Training) -> dict[str, list[int]]:
-    """Routes per expert of this step over all data ranks, by layer, those of every pipeline stage."""
+    """Routes per expert of this step over all tokens, by layer, those of every pipeline stage."""
     mesh, loads = training.mesh, mw.expert_load(training.model, reset=True)
     found: dict[str, list[int]] = {}
     if loads:
         sizes = [len(load_E) for load_E in loads.values()]
         total = torch.cat([load_E.to(mesh.device) for load_E in loads.values()])
-        if mesh.data_size > 1:
-            dist.all_reduce(total, group=mesh.data_group)
+        group = record_of(training.model).routing_group
+        if group.size() > 1:
+            dist.all_reduce(total, group=group)
         found = dict(zip(loads, (part.tolist() for part in total.cpu().split(sizes)), strict=True))
     if mesh.sizes.pp == 1:
         return found

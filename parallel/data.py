@@ -1,8 +1,8 @@
 """Data parallelism: FSDP2, HSDP or DDP on the dense view of the mesh, and the same engine's way for the experts.
 
-Convention, everywhere: a rank's loss is scaled so that the MEAN over data ranks is the global loss. Dense gradients are
-averaged over the data ranks. An expert's gradient already sums the tokens of every rank of its `ep` group, so it is
-summed over its copies and divided by the same number of data ranks, not by the number of copies.
+Convention, everywhere: a rank's loss is scaled so that the MEAN over loss ranks (data ranks, times `sp`) is the global
+loss. Dense gradients are averaged over the loss ranks. An expert's gradient already sums the tokens of every rank of
+its `ep` group, so it is summed over its copies and divided by the same number of loss ranks, not by that of copies.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
     shared = [p for block in sharded for p in block.experts.parameters() if id(p) not in own]
     for param in shared:
         # Ranks that share an expert's width see the same rows.
-        _reduce_gradient(param, mesh.token_group, mesh.data_size * mesh.sizes.etp)
+        _reduce_gradient(param, mesh.token_group, mesh.loss_size * mesh.sizes.etp)
     apart = set(shared)
     copies = mesh.sizes.edp * mesh.sizes.dp_replicate
     if plan.data == "fsdp2" and copies > 1:
@@ -64,17 +64,17 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
                 _fully_shard_experts(unit, set(shared), mesh, plan)
     else:
         for param in own.values():
-            _reduce_gradient(param, mesh.copies_group if copies > 1 else None, mesh.data_size)
+            _reduce_gradient(param, mesh.copies_group if copies > 1 else None, mesh.loss_size)
         apart |= set(own.values())
-    if mesh.data_size == 1 and plan.dtype is None:
+    if mesh.loss_size == 1 and plan.dtype is None:
         return
     if plan.data == "ddp":
-        if mesh.data_size > 1:
+        if mesh.loss_size > 1:
             experts = [block.experts for block in sharded]
             # A text-only step of a vision model leaves parameters without a gradient.
-            replicate(model, ignored_modules=experts, process_group=mesh.data_group, find_unused_parameters=True)
+            replicate(model, ignored_modules=experts, process_group=mesh.loss_group, find_unused_parameters=True)
         return
-    options: dict[str, Any] = {"mesh": _dense_mesh(mesh), "mp_policy": _precision(plan), "ignored_params": apart}
+    options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": _precision(plan), "ignored_params": apart}
     for unit in repeated_blocks(model, blocks):
         fully_shard(unit, **options)
     fully_shard(model, **options)
@@ -102,7 +102,7 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
         return Shard(even[0]) if even else None
 
     def divide(grads: Tensor) -> None:
-        grads /= mesh.data_size
+        grads /= mesh.loss_size
 
     fully_shard(
         experts, mesh=expert_mesh, mp_policy=_precision(plan), shard_placement_fn=placement, ignored_params=ignored
@@ -115,26 +115,22 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
     experts.set_all_reduce_hook(divide)
 
 
-def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, data_size: int) -> None:
-    """For a parameter outside FSDP and DDP: sum each new gradient over `group` and divide it by the data ranks."""
+def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, loss_size: int) -> None:
+    """For a parameter outside FSDP and DDP: sum each new gradient over `group` and divide it by the loss ranks."""
 
     def hook(grad: Tensor) -> Tensor:
         if group is None:
-            return grad / data_size
+            return grad / loss_size
         # A clone: autograd may hand the same gradient to another parameter.
         local = (grad.to_local() if isinstance(grad, DTensor) else grad).clone(memory_format=torch.contiguous_format)
         dist.all_reduce(local, group=group)
-        local /= data_size
+        local /= loss_size
         if isinstance(grad, DTensor):
             return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False)
         return local
 
-    if param.requires_grad and (data_size > 1 or (group is not None and group.size() > 1)):
+    if param.requires_grad and (loss_size > 1 or (group is not None and group.size() > 1)):
         param.register_hook(hook)
-
-
-def _dense_mesh(mesh: Mesh) -> Any:
-    return mesh.dense["dp_replicate", "dp_shard"] if mesh.sizes.dp_replicate > 1 else mesh.dense["dp_shard"]
 
 
 def _precision(plan: Plan) -> MixedPrecisionPolicy:

@@ -34,6 +34,7 @@ from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.expert_width import ExpertWidth, placements_of, slice_of
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.span import current_span
 from moeweave.parallel.token_shares import TokenShares
 
 # (slice [e, ...], first expert of the slice, number of experts in it) -> the slice with an adapter's update.
@@ -140,13 +141,16 @@ class ExpertCall:
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         ids_TK, weights_TK = self._routes(ids_TK, weights_TK)
         num_tokens = x_TD.shape[0]
-        if self.shares is not None:
-            start, end = self.shares.bounds(num_tokens)
-            x_TD, ids_TK, weights_TK = self.shares.take(x_TD), ids_TK[start:end], self.shares.take(weights_TK)
+        span = current_span()
+        # Under tp_sequence a tp rank has tokens of its own already.
+        shares = self.shares if span is None or span.tp is None else None
+        if shares is not None:
+            start, end = shares.bounds(num_tokens)
+            x_TD, ids_TK, weights_TK = shares.take(x_TD), ids_TK[start:end], shares.take(weights_TK)
         y_TD = (self._of_group if self.width is not None else self._routed)(x_TD, ids_TK, weights_TK)
         y_TD = y_TD.to(hidden.dtype)
-        if self.shares is not None:
-            y_TD = self.shares.join(y_TD, num_tokens)
+        if shares is not None:
+            y_TD = shares.join(y_TD, num_tokens)
         return unflatten(y_TD, hidden.shape)
 
     def _routed(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

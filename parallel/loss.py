@@ -1,20 +1,16 @@
 """One true loss over ranks with different batches.
 
-Hugging Face models average over the labels of the batch they are given, and balance experts over its tokens. Over data
-ranks both must mean the global batch:
+Hugging Face models average over the labels of the batch they are given. Over ranks it must be the global batch's: the
+sum over a rank's labels is divided by the mean number of labels a rank (`global_tokens`, as `num_items_in_batch`), so
+that the mean over ranks is the mean over all labels. Their balance loss is made global in `aux_loss.py`.
 
-    loss      the sum over a rank's labels, divided by the mean number of labels a rank (`global_tokens`, passed as
-              `num_items_in_batch`), so that the mean over ranks is the mean over all labels
-    aux loss  expert counts and probabilities summed over data ranks before they are multiplied
-
-Legend: B sequences, S positions, T tokens here, E experts.
+Legend: B sequences, S positions.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moeweave.parallel.aux_loss import global_aux_loss, sum_over_ranks, sums_over_ranks
 from moeweave.parallel.data import no_sync
 from moeweave.parallel.record import Record, record_of
+from moeweave.parallel.span import Span, current_span
 from moeweave.parallel.vocabulary import split_logits
 
 IGNORED_LABEL = -100
@@ -157,14 +155,6 @@ def end_step(tokens: Any) -> None:
     _known_tokens.reset(tokens[1])
 
 
-def balances(model: nn.Module, batch: dict[str, Any]) -> bool:
-    """True if `model(**batch)` adds transformers' load-balancing loss to its own."""
-    if "output_router_logits" not in inspect.signature(model.forward).parameters:
-        return False
-    asked = batch.get("output_router_logits")
-    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
-
-
 def labels_optional(model: nn.Module) -> bool:
     """True if the model's forward runs without labels."""
     found = inspect.signature(model.forward).parameters.get("labels")
@@ -205,15 +195,16 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
         record.labels_shifted = _LABEL_LOSSES.get(loss_type, False)
     if record.takes_num_items:
         _hand_over_num_items(model, record)
-    if record.mesh.data_size > 1 and record.plan.aux == "global":
+    if sums_over_ranks(record):
         for layer in record.layers:
-            layer.reduce = functools.partial(_sum_over_data, group=record.mesh.data_group)
+            layer.reduce = functools.partial(sum_over_ranks, record=record)
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         record.num_items = kwargs.get("num_items_in_batch")
-        if record.mesh.data_size == 1 or not record.takes_num_items or record.num_items is not None:
+        record.balanced = False
+        if record.mesh.loss_size == 1 or not record.takes_num_items or record.num_items is not None:
             return args, kwargs
         given = forward.bind_partial(*args, **kwargs).arguments
         record.num_items = _num_items({**given, **given.get("kwargs", {})}, record)
@@ -222,10 +213,10 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         record.num_items = None
         aux_local = getattr(output, "aux_loss", None)
-        if not isinstance(aux_local, Tensor):
+        if not isinstance(aux_local, Tensor) or record.balanced:
             return output
         aux = aux_local
-        if record.plan.aux == "global" and record.mesh.data_size > 1:
+        if sums_over_ranks(record):
             if not getattr(output, "router_logits", None):
                 raise ValueError(
                     f"Plan.aux ('global') needs the router logits of the step, and {type(model).__name__} returned an "
@@ -258,99 +249,30 @@ def _hand_over_num_items(model: Any, record: Record) -> None:
     if "num_items_in_batch" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         return
 
+    names = list(takes)
+
     @functools.wraps(own)
     def loss_function(*args: Any, **kwargs: Any) -> Any:
         if record.num_items is not None and kwargs.get("num_items_in_batch") is None:
             kwargs["num_items_in_batch"] = record.num_items
-        return own(*args, **kwargs)
+        span = current_span()
+        if span is None or span.joined or span.sp.comm.size == 1:
+            return own(*args, **kwargs)
+        return own(**_of_shard({**dict(zip(names, args, strict=False)), **kwargs}, span, record))
 
     model.loss_function = loss_function
+    record.splits_loss = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
 
 
-@torch.compiler.disable(reason="torch 2.11's Dynamo loses part of the gradient of the sum over ranks")
-def global_aux_loss(logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor | None, record: Record) -> Tensor:
-    """Load-balancing loss of the global batch, equal on every data rank.
-
-    Switch Transformer's (arXiv 2101.03961, equations 4-6), as transformers computes it: num_experts times the sum over
-    experts of (share of tokens with the expert among their top k) * (mean probability), layers taken together.
-
-    Args:
-        logits: router logits [T, E] of each layer. mask: attention mask [B, S] with B * S = T, or None.
-        aux_local: what the model computed from this rank's tokens; checked against the formula at the first call.
-    """
-    num_experts = logits[0].shape[-1]
-    sums = balance_sums(logits, mask, record.top_k, logits[0].new_zeros(2 * num_experts + 1, dtype=torch.float32))
-    if not record.aux_checked:
-        _check_formula(_switch_loss(sums), aux_local, logits[0].dtype, record)
-        record.aux_checked = True
-    return balance_loss(sums, record)
-
-
-def balance_sums(logits: Iterable[Tensor], mask: Tensor | None, top_k: int, before: Tensor) -> Tensor:
-    """`before` plus what the load-balancing loss needs of layers: routes [E], probability [E] and rows [1], in one.
-
-    Args:
-        logits: router logits [T, E] of each layer. mask: attention mask [B, S] with B * S = T, or None.
-        before: [2 E + 1] of the layers so far.
-    """
-    flat = None if mask is None or mask.dim() != 2 else mask.reshape(-1).to(torch.float32)
-    for layer_TE in logits:
-        probs_TE = torch.softmax(layer_TE, dim=-1)
-        chosen_TE = torch.zeros_like(probs_TE, dtype=torch.float32).scatter_(
-            1, torch.topk(probs_TE, top_k, dim=-1).indices, 1.0
-        )
-        kept = flat if flat is not None and flat.numel() == layer_TE.shape[0] else None
-        probs_TE = probs_TE.float()
-        rows = before.new_full((1,), layer_TE.shape[0])
-        if kept is not None:
-            chosen_TE, probs_TE = chosen_TE * kept.unsqueeze(1), probs_TE * kept.unsqueeze(1)
-            rows = kept.sum().reshape(1)
-        before = before + torch.cat([chosen_TE.sum(0), probs_TE.sum(0), rows])
-    return before
-
-
-def balance_loss(sums: Tensor, record: Record) -> Tensor:
-    """The loss of `balance_sums`, those of all data ranks together if the plan says so."""
-    if record.plan.aux == "global" and record.mesh.data_size > 1:
-        sums = _SumOverData.apply(sums, record)
-    return _switch_loss(sums)
-
-
-def _switch_loss(sums: Tensor) -> Tensor:
-    num_experts = sums.numel() // 2
-    counts_E, probs_E, rows = sums[:num_experts].detach(), sums[num_experts:-1], sums[-1].detach()
-    return num_experts * (counts_E * probs_E).sum() / rows**2
-
-
-def _check_formula(formula: Tensor, aux_local: Tensor, dtype: torch.dtype, record: Record) -> None:
-    """Raise on every data rank if on one of them the model's loss is another than the formula's."""
-    ours, model = float(formula.detach()), float(aux_local.detach())
-    # Some releases average bf16 probabilities in bf16.
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 2e-2
-    differs = torch.tensor(float(abs(ours - model) > tolerance * max(abs(model), 1e-6)), device=formula.device)
-    dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=record.mesh.data_group)
-    if differs:
-        raise ValueError(
-            f"Plan.aux ('global') needs the load-balancing loss of Switch Transformer: from the router logits it is "
-            f"{ours:.6g} here, this model reports {model:.6g}. Use Plan(aux='rank') to keep the model's own, per rank."
-        )
-
-
-def _sum_over_data(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.clone()
-    dist.all_reduce(total, group=group)
-    return total
-
-
-class _SumOverData(torch.autograd.Function):
-    """Sum over data ranks. Every rank's loss holds the same global term, so its gradient is the same on every rank, and
-    the sum over them that an all-reduce would need is a multiplication."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, record: Record) -> Tensor:
-        ctx.data_size = record.mesh.data_size
-        return _sum_over_data(x, record.mesh.data_group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.data_size, None
+def _of_shard(given: dict[str, Any], span: Span, record: Record) -> dict[str, Any]:
+    """Arguments of a loss whose logits are a shard's: the labels that its positions predict, and the mean number of
+    labels over the ranks among which the whole sequence's are shared out."""
+    shifted = given.get("shift_labels")
+    if record.labels_shifted:
+        given["labels"] = span.sp.take(given["labels"], 1)
+    else:
+        if shifted is None:
+            shifted = nn.functional.pad(given["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
+        given["shift_labels"] = span.sp.take(shifted, 1)
+    given["num_items_in_batch"] = given["num_items_in_batch"] / span.sp.comm.size
+    return given

@@ -111,8 +111,11 @@ class Mesh:
         device: `torch.device` of this rank.
         rank, world: of torch.distributed.
         data_group: all data ranks that share this rank's other coordinates (dp_replicate x dp).
+        loss_group, loss_size: the ranks over whose losses the global one is the mean (dp_replicate x dp x sp).
         token_group: all ranks whose experts see different tokens (dp_replicate x dp x sp x tp).
         copies_group: all ranks that hold the same experts as this one (dp_replicate x edp).
+        shard_mesh: over which FSDP shards dense parameters: dp_shard and sp as one axis, behind dp_replicate where
+            there is one.
         data_rank, data_size: which part of the data this rank feeds, of how many. Ranks that share a batch (tp, sp, pp)
             have the same data_rank and are fed the same whole batch.
 
@@ -150,14 +153,28 @@ class Mesh:
         self.expert: DeviceMesh = init_device_mesh(kind, self.sizes.expert, mesh_dim_names=EXPERT_AXES)
         # Made now, by all ranks together: making a group is a collective.
         self.data_group: dist.ProcessGroup = self.dense["dp_replicate", "dp_shard"]._flatten("data").get_group()
+        losses = self.dense["dp_replicate", "dp_shard", "sp"]._flatten("losses") if sp > 1 else None
+        self.loss_group: dist.ProcessGroup = self.data_group if losses is None else losses.get_group()
         tokens = self.dense["dp_replicate", "dp_shard", "sp", "tp"]._flatten("tokens")
         self.token_group: dist.ProcessGroup = tokens.get_group()
         copies = self.expert["dp_replicate", "edp"]._flatten("expert_copies")
         self.copies_group: dist.ProcessGroup = copies.get_group()
+        self.shard_mesh = self._shard_mesh()
+
+    def _shard_mesh(self) -> DeviceMesh:
+        replicas = self.dense["dp_replicate"]
+        if self.sizes.sp == 1:
+            return self.dense["dp_replicate", "dp_shard"] if replicas.size() > 1 else self.dense["dp_shard"]
+        shards: DeviceMesh = self.dense["dp_shard", "sp"]._flatten("dp_shard_sp")
+        return shards if replicas.size() == 1 else DeviceMesh._concatenate([replicas, shards])
 
     @property
     def data_size(self) -> int:
         return self.sizes.dp_replicate * self.sizes.dp
+
+    @property
+    def loss_size(self) -> int:
+        return self.data_size * self.sizes.sp
 
     @property
     def data_rank(self) -> int:

@@ -16,12 +16,13 @@ from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
-from moeweave.parallel.mesh import Mesh, MeshSizes
+from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.pipeline import Pipeline
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout
+from moeweave.parallel.sequence import SequenceSharing, install_sequence, shares_sequence
 from moeweave.parallel.stages import Cut, cut_model
 from moeweave.parallel.tensor import apply_tensor_parallel, plan_of
 
@@ -33,7 +34,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
 
     Numbered as they happen:
         1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
-        2. split attention, MLPs, embeddings and head over `tp`, if there is such an axis
+        2. split attention, MLPs, embeddings and head over `tp`, share sequences over `sp`, if there are such axes
         3. keep this rank's experts (DTensors over `ep`, `etp`); dispatch, experts, combine replace the experts' call
         4. checkpoint activations if the plan says so
         5. shard or replicate the rest over the data ranks
@@ -58,7 +59,6 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     """
     plan = plan or Plan()
     _refuse_wrapped(model)
-    check_axes(mesh.sizes)
     blocks = find_moe_blocks(model)
     if mesh.sizes.ep > 1 and not blocks:
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
@@ -67,9 +67,11 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         check_codec_width(block, plan)
     _refuse_with_tp(model, blocks, mesh, plan)
     _refuse_with_etp(model, blocks, mesh)
+    _refuse_with_sequence(mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
+    sharing = SequenceSharing(model, blocks, mesh, plan) if shares_sequence(mesh.sizes, plan) else None
     layout = Layout(plan.schedule, mesh.sizes.pp)
     cut = _cut(model, blocks, mesh, plan, layout) if mesh.sizes.pp > 1 else None
     if cut is not None:
@@ -78,12 +80,17 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         model.to(mesh.device)
 
     if mesh.sizes.tp > 1:
-        apply_tensor_parallel(model, blocks, mesh.dense["tp"])
+        shards = sharing.layers if sharing is not None and plan.tp_sequence else None
+        apply_tensor_parallel(model, blocks, mesh.dense["tp"], shards)
     calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     record = Record(mesh, plan, blocks, calls, layers, top_k, _aux_coef(model))
     # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
     core = base_model(model)
+    if sharing is not None:
+        record.sequence = sharing
+        routers = [model.get_submodule(block.router_path) for block in blocks if block.router_path is not None]
+        install_sequence(core, routers, sharing, record)
     if plan.recompute:
         homes = [model.get_submodule(block.block_path) for block in blocks]
         apply_recompute(core, repeated_blocks(core, blocks) or homes)
@@ -112,7 +119,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
 def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layout: Layout) -> Cut:
     if base_model(model) is not model:
         raise ValueError("pp does not cut models that peft wraps. Set pp=1, or merge_and_unload() the adapters.")
-    if mesh.data_size > 1 and plan.data == "ddp":
+    if mesh.loss_size > 1 and plan.data == "ddp":
         raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
     if plan.aux != "global":
         raise ValueError(f"Plan.aux ({plan.aux!r}) must be 'global' under pp ({mesh.sizes.pp}), or set pp=1.")
@@ -133,7 +140,7 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
 def _refuse_split_ties(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
     """One weight in two units that are sharded apart would become two, without a word."""
     apart = [block.experts for block in blocks] if splits_tokens(mesh) else []
-    if plan.data == "fsdp2" and mesh.data_size > 1:
+    if plan.data == "fsdp2" and mesh.loss_size > 1:
         apart = repeated_blocks(model, blocks) + apart
     unit_of = {id(module): index for index, unit in enumerate(apart) for module in unit.modules()}
     home: dict[int, tuple[str, int]] = {}
@@ -158,6 +165,14 @@ def _refuse_with_tp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: 
         raise ValueError(f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split.")
 
 
+def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
+    if shares_sequence(mesh.sizes, plan) and plan.aux != "global":
+        raise ValueError(
+            f"Plan.aux ({plan.aux!r}) must be 'global' where ranks share sequences: sp ({mesh.sizes.sp}), tp_sequence "
+            f"({plan.tp_sequence})."
+        )
+
+
 def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> None:
     etp = mesh.sizes.etp
     if etp == 1:
@@ -170,12 +185,6 @@ def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> No
         )
     for block in blocks:
         check_width(block, etp, mesh.sizes.edp)
-
-
-def check_axes(sizes: MeshSizes) -> None:
-    """Raise ValueError for an axis that `parallelize` does not spread models over."""
-    if sizes.sp > 1:
-        raise ValueError(f"sp ({sizes.sp}) must be 1: parallelize composes pp, dp, dp_replicate, tp, ep and etp.")
 
 
 def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from moeweave.parallel import aux_loss as aux_losses
 from moeweave.parallel import loss as losses
 from moeweave.parallel.data import keep_gathered, reduce_gradients
 from moeweave.parallel.record import Record
@@ -116,17 +117,14 @@ class Pipeline:
         self.share = 1.0 / count if num_items is None else 1.0
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
         self.parts = [{**part, **extra} for part in parts]
-        self.aux_on = self.num_experts > 0 and losses.balances(self.model, batch)
-        if self.aux_on and any(block.router_path is None for block in record.blocks):
-            raise ValueError(
-                "pp computes the balance loss from the routers' outputs, and this model has experts whose router was "
-                "not found. Set output_router_logits=False, or pp=1."
-            )
+        self.aux_on = self.num_experts > 0 and aux_losses.balances(self.model, batch)
+        if self.aux_on:
+            aux_losses.check_routers(record)
         for layer in record.layers:
             layer.aux_share = 1.0 / count
         token = losses.begin_step(labels, count, {key: value / count for key, value in known.items()})
         try:
-            total = self._step(count, ids.shape[0] // count, ids.shape[1])
+            total = self._step(count, ids.shape[0] // count, self._held(*ids.shape))
         finally:
             losses.end_step(token)
             self.parts = []
@@ -134,6 +132,19 @@ class Pipeline:
                 layer.aux_share = 1.0
         dist.all_reduce(total)
         return total * self.layout.pp / record.mesh.world
+
+    def _held(self, rows: int, length: int) -> int:
+        """Positions that go between this rank's stages."""
+        sharing = self.record.sequence
+        return length if sharing is None else int(sharing.span(rows, length).held)
+
+    def _mask(self, batch: Step) -> Tensor | None:
+        """Attention mask of the tokens that this rank routes."""
+        mask, sharing = batch.get("attention_mask"), self.record.sequence
+        if mask is None or mask.dim() != 2 or sharing is None:
+            return mask
+        tokens: Tensor = sharing.span(*mask.shape).tokens(mask)
+        return tokens
 
     def _step(self, count: int, rows: int, width: int) -> Tensor:
         key = (count, rows, width, self.aux_on)
@@ -194,13 +205,13 @@ class Pipeline:
         sums = None
         if logits is not None:
             sums = args[1] if stage else torch.zeros(2 * self.num_experts + 1, device=self.record.mesh.device)
-            sums = losses.balance_sums(logits, batch.get("attention_mask"), self.record.top_k, sums)
+            sums = aux_losses.balance_sums(logits, self._mask(batch), self.record.top_k, sums)
             sums = sums if sums.requires_grad else sums.requires_grad_()
         if not last:
             return sent if sums is None else (sent, sums)
         loss = losses.loss_of(output) * self.share
         if sums is not None:
-            aux = losses.balance_loss(sums, self.record)
+            aux = aux_losses.balance_loss(sums, self.record)
             loss = loss + self.record.aux_coef * aux / len(self.parts)
         return loss.reshape(1)
 

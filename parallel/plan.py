@@ -21,6 +21,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "drop": ("probability", "position"),
     "recompute": (False, True),
     "schedule": SCHEDULES,
+    "sequence": ("ulysses", "ring"),
+    "tp_sequence": (False, True),
 }
 
 
@@ -46,6 +48,10 @@ class Plan:
         dtype: compute dtype ("bfloat16"); parameters, gradients and reductions stay as the model has them. None: as is.
         schedule: of the pipeline, with pp > 1: "1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev" (the last
             three with two stages a rank).
+        sequence: how attention sees the whole of a sequence that `sp` ranks share: "ulysses" (all-to-all, each rank has
+            all positions of some heads) or "ring" (keys and values go round; any number of heads).
+        tp_sequence: with tp > 1, `tp` ranks share out the positions of a sequence between attention and MLPs
+            (Megatron's sequence parallelism): norms, routers and experts run on a rank's own tokens.
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
 
     Raises:
@@ -64,6 +70,8 @@ class Plan:
     dtype: str | None = None
     recompute: bool = False
     schedule: str = "1f1b"
+    sequence: str = "ulysses"
+    tp_sequence: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

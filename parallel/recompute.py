@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from moeweave.parallel.span import current_span, spanning
+
 
 def _is_layout(op: Any) -> bool:
     return op in (torch.ops.moeweave.exchange_layout.default, torch.ops.moeweave.gather_layout.default)
@@ -43,16 +45,23 @@ class _Record(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """Answers with what `_Record` kept, in the same order."""
+    """Answers with what `_Record` kept, in the same order, and tells the same span of shared sequences."""
 
     def __init__(self, kept: list[tuple[Any, ...]]) -> None:
         super().__init__()
         self.kept = kept
         self.position = 0
+        self.span = current_span()
 
     def __enter__(self) -> Any:
         self.position = 0
+        self.spanning = spanning(self.span)
+        self.spanning.__enter__()
         return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:  # noqa: PYI036
+        super().__exit__(*error)
+        self.spanning.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.topk.default:

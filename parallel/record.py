@@ -29,6 +29,9 @@ class Record:
     labels_shifted: position s of the labels is the label of position s, not of s - 1.
     num_items: `num_items_in_batch` of the call under way.
     aux_share: weight of the aux loss in the call under way (1 / micro-batches).
+    splits_loss: the model's loss can be computed on shards of a sequence, label by label.
+    balanced: the balance loss of the forward pass under way is the global one already.
+    sequence: how the model's sequences are shared out (`SequenceSharing`), under sp and tp_sequence.
     pipeline: the `Pipeline` that runs the model's stages, under pp.
     aux_checked: the model's aux loss was seen to follow the formula.
     """
@@ -45,7 +48,16 @@ class Record:
     num_items: Tensor | None = None
     aux_share: float = 1.0
     aux_checked: bool = False
+    splits_loss: bool = False
+    balanced: bool = False
+    sequence: Any = None
     pipeline: Any = None
+
+    @property
+    def routing_group(self) -> dist.ProcessGroup:
+        """The ranks that route different tokens of the global batch."""
+        mesh = self.mesh
+        return mesh.token_group if self.plan.tp_sequence and mesh.sizes.tp > 1 else mesh.loss_group
 
 
 def record_of(model: nn.Module) -> Record:
@@ -95,8 +107,8 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
             f"{type(model).__name__} has no router with an e_score_correction_bias to update. Use the auxiliary loss."
         )
     loads = torch.stack([call.step_E for _, call in biased])
-    if record.mesh.data_size > 1:
-        dist.all_reduce(loads, group=record.mesh.data_group)
+    if record.routing_group.size() > 1:
+        dist.all_reduce(loads, group=record.routing_group)
     for (block, call), load_E in zip(biased, loads, strict=True):
         assert block.correction_bias is not None
         path, name = block.correction_bias

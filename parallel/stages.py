@@ -65,6 +65,19 @@ class _Receives(Hole):
         return self.border.received
 
 
+class _Blank(_Receives):
+    """In place of an embedding: zeros of the shape that it gives, so that masks and positions come out right."""
+
+    def __init__(self, original: nn.Module, border: Border) -> None:
+        super().__init__(original, border)
+        self.width: int = original.embedding_dim  # type: ignore[assignment]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        ids = args[0] if args else next(iter(kwargs.values()))
+        assert self.border.received is not None
+        return self.border.received.new_zeros(1).expand(*ids.shape, self.width)
+
+
 class _Sends(Hole):
     """Keeps the hidden states that it is called with."""
 
@@ -138,7 +151,7 @@ def cut_model(model: nn.Module, blocks: list[MoEBlock], layout: Layout, rank: in
             (layers, str(i), _entry(i, shares[stage], each, cut.border)) for i, each in enumerate(originals)
         ]
         parts = [originals[i] for i in shares[stage]]
-        for slots, home, stub in ((before, 0, _Receives), (after, last, None)):
+        for slots, home, stub in ((before, 0, _Blank), (after, last, None)):
             for parent, name in slots:
                 module = parent._modules[name]
                 assert module is not None

@@ -12,6 +12,7 @@ Legend: T tokens of a rank's micro-batch, D width of a token.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,8 +23,9 @@ from torch import nn
 from moeweave.parallel.adapter import UnsupportedModel, find_moe_blocks
 from moeweave.parallel.footprint import Footprint, Unit, footprint, remote_ranks, stage_weights
 from moeweave.parallel.mesh import MeshSizes
-from moeweave.parallel.parallelize import check_axes, top_k_of
+from moeweave.parallel.parallelize import top_k_of
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.sequence import check_sequence
 from moeweave.parallel.stages import layer_list
 
 STATES = 4  # weights, gradients and two moments of Adam, all in the parameters' dtype
@@ -142,10 +144,19 @@ def _estimates(model: nn.Module, world: int, tokens: int, sequence: int, hardwar
         with suppress(ValueError):  # heads or parts that tp cannot split
             prints[tp] = footprint(model, blocks, top_k, tp)
     max_pp = _max_stages(model, prints[1])
+
+    @functools.cache
+    def shares(sp: int, tp: int) -> bool:
+        with suppress(ValueError):  # heads or parts that sp cannot share
+            if sp > 1:
+                check_sequence(model, blocks, MeshSizes(sp=sp, tp=tp), Plan())
+            return True
+        return False
+
     for sizes in _meshes(world, hardware.ranks_per_node, list(prints), prints[1].num_experts, max_pp, sequence):
         data = sizes.dp * sizes.dp_replicate
         microbatches = tokens // (data * sequence)
-        if microbatches < sizes.pp:
+        if microbatches < sizes.pp or not shares(sizes.sp, sizes.tp):
             continue
         for recompute in (False, True):
             yield estimate(prints[sizes.tp], sizes, Plan(recompute=recompute), microbatches, sequence, hardware)
@@ -174,16 +185,7 @@ def _meshes(
             for ep in _divisors(regrouped) if num_experts else [1]:
                 if num_experts and num_experts % ep:
                     continue
-                sizes = MeshSizes(dp=data // dp_replicate, tp=tp, pp=pp, sp=sp, ep=ep, dp_replicate=dp_replicate)
-                if _allowed(sizes):
-                    yield sizes
-
-
-def _allowed(sizes: MeshSizes) -> bool:
-    with suppress(ValueError):
-        check_axes(sizes)
-        return True
-    return False
+                yield MeshSizes(dp=data // dp_replicate, tp=tp, pp=pp, sp=sp, ep=ep, dp_replicate=dp_replicate)
 
 
 def estimate(

@@ -14,21 +14,20 @@ Legend: T tokens, t tokens of this tp rank, D width.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import re
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel
-from moeweave.parallel.expert import shadowed
+from moeweave.parallel.sums import SumForward, SumGradient, sum_param_gradients
+from moeweave.parallel.tensor_sequence import apply_tensor_sequence
 from moeweave.parallel.vocabulary import install_vocabulary_loss
 
 logger = logging.getLogger("moeweave")
@@ -41,8 +40,13 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 
 
-def apply_tensor_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(
+    model: nn.Module, blocks: list[MoEBlock], mesh: DeviceMesh, sequence: nn.ModuleList | None = None
+) -> None:
     """Split `model` over `mesh` (the tp axis, one-dimensional), in place. Names stay; split parameters are DTensors.
+
+    Args:
+        sequence: the layers in which activations between matrix products are shards, under tp_sequence.
 
     Raises:
         UnsupportedModel: nothing in the model can be split.
@@ -51,11 +55,13 @@ def apply_tensor_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Device
     styles, attentions = plan_of(model, blocks, mesh.size())
     embedding, head = vocabulary(model, mesh.size())
     tied = head is not None and embedding is not None and head.weight is embedding.weight
+    inside = {} if sequence is None else apply_tensor_sequence(model, sequence, blocks, (styles, attentions), mesh)
+    styles |= inside
     parallelize_module(model, mesh, styles, src_data_rank=None)
     for path in styles:
         _release_whole(model.get_submodule(path))
     for attention in attentions:
-        _localize_heads(attention, mesh)
+        _localize_heads(attention, mesh, sums=sequence is None)
     if embedding is not None:
         _split_embedding(embedding, mesh)
     if head is not None:
@@ -200,35 +206,24 @@ def _release_whole(module: nn.Module) -> None:
         module.register_parameter(name, nn.Parameter(whole, requires_grad=param.requires_grad))
 
 
-def _localize_heads(attention: Any, mesh: DeviceMesh) -> None:
+def _localize_heads(attention: Any, mesh: DeviceMesh, sums: bool = True) -> None:
     """Give attention its local head counts, and sum the gradients of whole parts that each rank uses for its heads."""
     for name in _HEAD_COUNTS:
         if isinstance(vars(attention).get(name), int):
             setattr(attention, name, vars(attention)[name] // mesh.size())
+    if not sums:
+        return
     group = mesh.get_group()
     for name in _HEAD_NORMS:
         if isinstance(norm := getattr(attention, name, None), nn.Module):
-            _sum_param_gradients(norm, group)
+            sum_param_gradients(norm, group)
     latent = getattr(attention, "kv_a_proj_with_mqa", None)
     if latent is not None:
         rank = attention.kv_lora_rank
         # The compressed keys pass through kv_b_proj, whose style completes their gradient; the rotary key does not.
         latent.register_forward_hook(
-            lambda _, args, out: torch.cat([out[..., :rank], _SumGradient.apply(out[..., rank:], group)], dim=-1)
+            lambda _, args, out: torch.cat([out[..., :rank], SumGradient.apply(out[..., rank:], group)], dim=-1)
         )
-
-
-def _sum_param_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
-    own = module.forward
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        # Taken at the call: FSDP puts the gathered parameters in place just before.
-        params = {name: _SumGradient.apply(param, group) for name, param in module.named_parameters(recurse=False)}
-        with shadowed(module, params):
-            return own(*args, **kwargs)
-
-    module.forward = forward
 
 
 def vocabulary(model: Any, tp: int) -> tuple[Any, Any]:
@@ -262,35 +257,6 @@ def _split_embedding(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
         local = ids - first
         here = (local >= 0) & (local < rows)
         out = nn.functional.embedding(local.clamp(0, rows - 1), table.to_local(), padding)
-        return _SumForward.apply(out * here.unsqueeze(-1).to(out.dtype), group)
+        return SumForward.apply(out * here.unsqueeze(-1).to(out.dtype), group)
 
     embedding.forward = forward  # type: ignore[method-assign, assignment]
-
-
-class _SumGradient(torch.autograd.Function):
-    """What every rank has whole and uses in part: the parts' gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _SumForward(torch.autograd.Function):
-    """Parts summed; the sum's gradient, which every rank has whole, is each part's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None

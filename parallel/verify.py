@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
+from moeweave.parallel.aux_loss import balances
 from moeweave.parallel.grad_norm import clip_grad_norm_
 from moeweave.parallel.hf.boxes import whole_tensor
-from moeweave.parallel.loss import IGNORED_LABEL, balances, forward_backward, loss_of, split
+from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of, split
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.names import named_params
 from moeweave.parallel.parallelize import parallelize

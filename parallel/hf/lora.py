@@ -10,6 +10,7 @@ takes anyway is the whole one.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def call_with_hooks(inner: nn.Module) -> None:
     """peft calls `inner.forward`, past its hooks; route that through `inner(...)`, where FSDP and the loss hook in."""
     own, inside = inner.forward, False
 
+    @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal inside
         if inside:

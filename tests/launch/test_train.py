@@ -198,7 +198,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, kind):
         (["mesh.pp=8", "microbatches=8", "batch_size=16"], "the model has 3 layers: every stage needs one"),
         (["mesh.dp=5", "mesh.ep=1", "mesh.etp=5", "batch_size=10"], "etp (5) must divide the columns of"),
         (["mesh.tp=3", "mesh.dp=1", "mesh.ep=1"], "tp (3) must divide the heads of"),
-        (["mesh.sp=2"], "sp (2) must be 1"),
+        (["mesh.sp=3"], "sp (3) must divide the 4 heads of model.layers.0.self_attn under Plan(sequence='ulysses')"),
         (["data.path=nowhere.txt"], "data.path=nowhere.txt: no such file"),
         (["model=qwen3_mo"], "Nearest: qwen3_moe"),
         (["model=nowhere/config.json"], "does not exist"),

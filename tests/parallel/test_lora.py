@@ -39,6 +39,7 @@ def parity(name: str, sizes: dict, plan: dict) -> tuple[mw.ParityReport, int]:
         pytest.param(2, {"dp": 2, "ep": 2}, {}, id="ep2"),
         pytest.param(2, {"dp": 2}, {}, id="ep1"),
         pytest.param(4, {"dp": 4, "ep": 2}, {}, id="ep2-edp2"),
+        pytest.param(2, {"sp": 2, "ep": 2}, {"recompute": True}, id="sp2-recompute"),
         pytest.param(2, {"dp": 2, "ep": 2}, {"data": "ddp", "recompute": True}, id="ddp-recompute"),
     ],
 )

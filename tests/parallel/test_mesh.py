@@ -10,7 +10,6 @@ import pytest
 import torch.distributed as dist
 
 from moeweave.parallel.mesh import DENSE_AXES, EXPERT_AXES, Mesh, MeshSizes
-from moeweave.parallel.parallelize import check_axes
 from run_ranks import RankError, run_ranks
 
 SIZES = [
@@ -167,12 +166,3 @@ def test_an_unknown_axis_is_refused_with_the_known_ones() -> None:
 def test_an_unknown_keyword_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(TypeError, match=r"Mesh has no field 'edp'\. Did you mean '\w+'\?"):
         Mesh(dp=2, edp=2)  # type: ignore[call-arg]
-
-
-def test_axes_that_do_not_compose_yet_are_refused_before_anything_starts() -> None:
-    check_axes(MeshSizes(dp=2, tp=2, ep=4))
-    check_axes(MeshSizes(dp=2, pp=2, ep=2))
-    check_axes(MeshSizes(dp=2, tp=2, pp=2, ep=4))
-    check_axes(MeshSizes(dp=2, tp=2, ep=2, etp=2))
-    with pytest.raises(ValueError, match=r"sp \(2\) must be 1"):
-        check_axes(MeshSizes(dp=2, sp=2))
