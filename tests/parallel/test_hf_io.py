@@ -255,7 +255,8 @@ def test_dtypes_are_those_of_transformers(tmp_path: Path) -> None:
     assert (
         run_ranks(2, load_bf16, str(tmp_path / "in")) == [f"{next(theirs.parameters()).dtype} {their_bias.dtype}"] * 2
     )
-    assert_same_weights(tmp_path / "in-again", tmp_path / "in")
+    theirs.save_pretrained(tmp_path / "theirs")  # from 5.24 on with routers in float32
+    assert_same_weights(tmp_path / "in-again", tmp_path / "theirs")
 
 
 class PlainExperts(torch.nn.Module):
