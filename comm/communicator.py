@@ -10,6 +10,7 @@ Legend: N rows here, W ranks of the group.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -61,13 +62,20 @@ class Communicator:
         dist.all_to_all_single(received, counts_WE.contiguous(), group=self.group)
         return received
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """[...] of the same shape on every rank -> [W, ...]."""
+    @overload
+    def all_gather(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def all_gather(self, x: Tensor, async_op: Literal[True]) -> tuple[Tensor, dist.Work | None]: ...
+
+    def all_gather(self, x: Tensor, async_op: bool = False) -> Tensor | tuple[Tensor, dist.Work | None]:
+        """[...] of the same shape on every rank -> [W, ...], and if asynchronous the work to wait for."""
         if self.size == 1:
-            return x.unsqueeze(0)
+            return (x.unsqueeze(0), None) if async_op else x.unsqueeze(0)
         gathered = x.new_empty((self.size, *x.shape))
-        _all_gather(gathered.view(-1, *x.shape[1:]) if x.dim() else gathered, x.contiguous(), group=self.group)
-        return gathered
+        target = gathered.view(-1, *x.shape[1:]) if x.dim() else gathered
+        work = _all_gather(target, x.contiguous(), group=self.group, async_op=async_op)
+        return (gathered, work) if async_op else gathered
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """[W, ...] -> [...]: the sum over ranks of row `self.rank`."""

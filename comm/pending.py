@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -18,10 +20,13 @@ class Pending(Generic[T]):
 
     Args:
         finish: called at the first `wait`, blocks until the operation is complete and returns its result.
+        token: the edge of the graph between the start and the result, an empty tensor that `finish` is then given.
+            Who schedules other work in between may pass it on through functions of its own (`overlap.hand_over`).
     """
 
-    def __init__(self, finish: Callable[[], T]) -> None:
-        self._finish: Callable[[], T] | None = finish
+    def __init__(self, finish: Callable[..., T], token: Tensor | None = None) -> None:
+        self._finish: Callable[..., T] | None = finish
+        self.token = token
         self._result: T
 
     @classmethod
@@ -34,8 +39,8 @@ class Pending(Generic[T]):
     def wait(self) -> T:
         """Block until the operation is complete. Later calls return the same result at once."""
         if self._finish is not None:
-            self._result = self._finish()
-            self._finish = None
+            self._result = self._finish() if self.token is None else self._finish(self.token)
+            self._finish = self.token = None
         return self._result
 
     def __enter__(self) -> Pending[T]:

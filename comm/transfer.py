@@ -57,6 +57,18 @@ def from_words(words: Tensor, format: str, scale: str, width: int, dtype: torch.
     return words if format == "none" else decode_rows(words.view(torch.uint8), format, scale, width, dtype)
 
 
+def weighted_rows(x_TD: Tensor, weights_TK: Tensor, routes_N: Tensor) -> Tensor:
+    """weights[t, k] * x[t] for each route t * K + k of `routes_N`, in x's dtype."""
+    weights_N1 = weights_TK.reshape(-1).index_select(0, routes_N).unsqueeze(1).to(wide(x_TD.dtype))
+    return (x_TD.index_select(0, routes_N // weights_TK.shape[1]) * weights_N1).to(x_TD.dtype)
+
+
+def grad_of_weights(grad_TD: Tensor, routes_TKD: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad[t] . route(t, k) -> [T, K]."""
+    widest = wide(grad_TD.dtype)
+    return torch.einsum("td,tkd->tk", grad_TD.to(widest), routes_TKD.to(widest)).to(dtype)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -82,8 +94,7 @@ def send_routes(
     if weights_TK is None:
         words = to_words(x_TD, format, scale).index_select(0, routes // top_k)
     else:
-        weights_N1 = weights_TK.reshape(-1).index_select(0, routes).unsqueeze(1).to(wide(x_TD.dtype))
-        words = to_words((x_TD.index_select(0, routes // top_k) * weights_N1).to(x_TD.dtype), format, scale)
+        words = to_words(weighted_rows(x_TD, weights_TK, routes), format, scale)
     if comm.size > 1:
         received, _ = comm.all_to_all(words, sends, receives)
         words = received.index_select(0, perm_R)
@@ -203,8 +214,7 @@ def backward_combine(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None]:
     rows = send_routes(grad_TD, *moves, weights_TK.detach(), weights_TK.shape[1], group, format, "none", scale)
     grad_weights = None
     if routes_TKD is not None:
-        dtype = wide(grad_TD.dtype)
-        grad_weights = torch.einsum("td,tkd->tk", grad_TD.to(dtype), routes_TKD.to(dtype)).to(weights_TK.dtype)
+        grad_weights = grad_of_weights(grad_TD, routes_TKD, weights_TK.dtype)
     return pad_rows(rows, ctx.num_rows), grad_weights
 
 

@@ -17,6 +17,7 @@ from moeweave.comm.codec import Codec
 from moeweave.comm.coded_rows import check_coded_rows, coded, coded_words
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatch import Dispatched
+from moeweave.comm.exchange import Exchange, Gather, JoinDispatch, PostDispatch, post_combine
 from moeweave.comm.layout import Layout, gather_layout
 from moeweave.comm.pending import Pending
 from moeweave.comm.transfer import combine_routes, send_routes
@@ -31,6 +32,7 @@ class AllGatherDispatcher:
         num_experts: experts over the whole group, a multiple of its size; rank r holds the r-th contiguous block.
         combine: "exact" or "prereduced".
         codec: formats of the rows on the link.
+        return_group: a group of the same ranks for what is combined asynchronously, None: `group` does both.
         coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; no gradient.
     """
 
@@ -40,10 +42,12 @@ class AllGatherDispatcher:
         num_experts: int,
         combine: str = "exact",
         *,
+        return_group: ProcessGroup | None = None,
         codec: Codec | None = None,
         coded_rows: bool = False,
     ) -> None:
         self.comm = Communicator(group)
+        self.return_comm = Communicator(return_group or group)
         self.num_experts = num_experts
         self.prereduced = combine == "prereduced"
         self.codec, self.coded_rows = codec or Codec(), coded_rows
@@ -78,10 +82,22 @@ class AllGatherDispatcher:
     def dispatch_async(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None
     ) -> Pending[Dispatched]:
-        return Pending.ready(self.dispatch(x_TD, ids_TK, weights_TK, handle=handle))
+        if self.coded_rows or self.prereduced:
+            return Pending.ready(self.dispatch(x_TD, ids_TK, weights_TK, handle=handle))
+        layout = handle or self.layout(ids_TK)
+        format, back, scale = self.codec.for_dispatch
+        ways = Gather(self.comm, format, scale), Exchange(self.comm, back, scale)
+        token = PostDispatch.apply(x_TD, layout, *ways)
+
+        def finish(token: Tensor) -> Dispatched:
+            return Dispatched(JoinDispatch.apply(token, layout, *ways), None, None, layout.offsets_e, layout)
+
+        return Pending(finish, token)
 
     def combine_async(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
-        return Pending.ready(self.combine(rows_RD, weights_TK, dispatched))
+        if self.prereduced:
+            return Pending.ready(self.combine(rows_RD, weights_TK, dispatched))
+        return post_combine(self.return_comm, self.codec, rows_RD, weights_TK, dispatched.handle)
 
     def _weights_of_rows(self, weights_TK: Tensor, layout: Layout) -> Tensor:
         """Weights [T, K] -> the weight of each row on its expert's rank [R]: routes sent as rows of width one."""

@@ -8,9 +8,6 @@ Legend: T tokens here, K routes a token, D width, R rows here.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -18,20 +15,10 @@ from moeweave.comm.codec import Codec
 from moeweave.comm.coded_rows import check_coded_rows, coded, coded_words
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatch import Dispatched
+from moeweave.comm.exchange import Exchange, JoinDispatch, PostDispatch, post_combine
 from moeweave.comm.layout import Layout, exchange_layout
 from moeweave.comm.pending import Pending
-from moeweave.comm.transfer import (
-    backward_combine,
-    backward_rows,
-    combine_routes,
-    from_words,
-    place_routes,
-    save_combine,
-    save_moves,
-    send_routes,
-    sum_routes,
-    to_words,
-)
+from moeweave.comm.transfer import combine_routes, send_routes
 
 
 class AllToAllDispatcher:
@@ -41,13 +28,22 @@ class AllToAllDispatcher:
         group: ranks that share the experts, None for this rank alone.
         num_experts: experts over the whole group, a multiple of its size; rank r holds the r-th contiguous block.
         codec: formats of the rows on the link.
+        return_group: a group of the same ranks for asynchronous combines, so that they never wait behind a dispatch;
+            None: `group` does both.
         coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; no gradient.
     """
 
     def __init__(
-        self, group: ProcessGroup | None, num_experts: int, *, codec: Codec | None = None, coded_rows: bool = False
+        self,
+        group: ProcessGroup | None,
+        num_experts: int,
+        *,
+        return_group: ProcessGroup | None = None,
+        codec: Codec | None = None,
+        coded_rows: bool = False,
     ) -> None:
         self.comm = Communicator(group)
+        self.return_comm = Communicator(return_group or group)
         self.num_experts = num_experts
         self.codec, self.coded_rows = codec or Codec(), coded_rows
         check_coded_rows(self.codec, coded_rows)
@@ -75,67 +71,29 @@ class AllToAllDispatcher:
     ) -> Pending[Dispatched]:
         layout = handle or self.layout(ids_TK)
         format, back, scale = self.codec.for_dispatch
-        sends = layout.send_splits.tolist()
-        words = coded_words(x_TD, self.codec) if self.coded_rows else to_words(x_TD.detach(), format, scale)
+        if self.coded_rows:
+            return self._post_coded(x_TD, layout)
+        ways = Exchange(self.comm, format, scale), Exchange(self.comm, back, scale)
+        token = PostDispatch.apply(x_TD, layout, *ways)
+
+        def finish(token: Tensor) -> Dispatched:
+            return Dispatched(JoinDispatch.apply(token, layout, *ways), None, None, layout.offsets_e, layout)
+
+        return Pending(finish, token)
+
+    def combine_async(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        return post_combine(self.return_comm, self.codec, rows_RD, weights_TK, dispatched.handle)
+
+    def _post_coded(self, x_TD: Tensor, layout: Layout) -> Pending[Dispatched]:
+        words = coded_words(x_TD, self.codec)
+        sends, receives = layout.send_splits.tolist(), layout.recv_splits.tolist()
         words = words.index_select(0, layout.order_N[: sum(sends)] // layout.top_k)
-        received, work = self.comm.all_to_all(words, sends, layout.recv_splits.tolist(), async_op=True)
+        received, work = self.comm.all_to_all(words, sends, receives, async_op=True)
 
         def finish() -> Dispatched:
             if work is not None:
                 work.wait()
             arrived = received if self.comm.size == 1 else received.index_select(0, layout.perm_R)
-            if self.coded_rows:
-                return coded(arrived, self.codec, x_TD.shape[1], layout)
-            rows_RD = from_words(arrived, format, scale, x_TD.shape[1], x_TD.dtype)
-            return Dispatched(_Arrived.apply(x_TD, rows_RD, layout, back, scale), None, None, layout.offsets_e, layout)
+            return coded(arrived, self.codec, x_TD.shape[1], layout)
 
         return Pending(finish)
-
-    def combine_async(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
-        layout = dispatched.handle
-        format, back, scale = self.codec.for_combine
-        words = to_words(rows_RD.detach()[: layout.perm_R.shape[0]], format, scale)
-        if self.comm.size > 1:
-            words = torch.empty_like(words).index_copy_(0, layout.perm_R, words)
-        received, work = self.comm.all_to_all(
-            words, layout.recv_splits.tolist(), layout.send_splits.tolist(), async_op=True
-        )
-
-        def finish() -> Tensor:
-            if work is not None:
-                work.wait()
-            returned = from_words(received, format, scale, rows_RD.shape[1], rows_RD.dtype)
-            return _Returned.apply(rows_RD, weights_TK, returned, layout, back, scale)
-
-        return Pending(finish)
-
-
-class _Arrived(torch.autograd.Function):
-    """Joins rows that an asynchronous dispatch brought to the graph of the tokens they came from."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, rows_RD: Tensor, layout: Layout, back: str, scale: str) -> Tensor:
-        sizes = dict(num_tokens=layout.num_tokens, top_k=layout.top_k)
-        save_moves(ctx, layout.moves, **sizes, group=layout.group, format=back, scale=scale)
-        return rows_RD
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        return backward_rows(ctx, grad_RD), None, None, None, None
-
-
-class _Returned(torch.autograd.Function):
-    """Weighted sum of the rows that an asynchronous combine brought back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, returned: Tensor, layout: Layout, back: str, scale: str
-    ) -> Tensor:
-        routes = layout.order_N[: returned.shape[0]]
-        routes_TKD = place_routes(returned, routes, layout.num_tokens, layout.top_k)
-        save_combine(ctx, rows_RD, weights_TK, routes_TKD, layout.moves, (layout.group, back, scale))
-        return sum_routes(routes_TKD, weights_TK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward_combine(ctx, grad_TD), None, None, None, None

@@ -86,6 +86,7 @@ def make_dispatcher(
     top_k: int = 1,
     topology: str | None = None,
     combine: str | None = None,
+    return_group: ProcessGroup | None = None,
     codec: Codec | None = None,
     coded_rows: bool = False,
     max_tokens: int | None = None,
@@ -102,6 +103,7 @@ def make_dispatcher(
         top_k: routes a token, for `auto`.
         topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.
         combine: "exact", "prereduced", or None for the dispatcher's default.
+        return_group: a group of the same ranks for asynchronous combines, so that they never wait behind a dispatch.
         codec: formats of the rows on the link, None for the rows as they are. Every dispatcher takes every codec but
             "ascend", whose operators know int8.
         coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; inference.
@@ -125,7 +127,9 @@ def make_dispatcher(
         name, reason = choose(size, top_k, combine, measured, shared=shares_memory(group))
         _log_once(f"dispatcher auto -> {name}: {reason}")
     if name == "allgather":
-        return AllGatherDispatcher(group, num_experts, combine or "exact", codec=codec, coded_rows=coded_rows)
+        return AllGatherDispatcher(
+            group, num_experts, combine or "exact", return_group=return_group, codec=codec, coded_rows=coded_rows
+        )
     if name == "onesided":
         combine = combine or COMBINES[name][0]
         if group is not None and "nccl" in dist.get_backend_config(group):
@@ -137,7 +141,7 @@ def make_dispatcher(
         )
     if name == "ascend":
         return make_ascend(group, num_experts, ascend or AscendOptions(), codec=codec, coded_rows=coded_rows)
-    return AllToAllDispatcher(group, num_experts, codec=codec, coded_rows=coded_rows)
+    return AllToAllDispatcher(group, num_experts, return_group=return_group, codec=codec, coded_rows=coded_rows)
 
 
 @functools.lru_cache(maxsize=256)
