@@ -142,17 +142,40 @@ def gather_layout(
     padded[:num_tokens] = ids_TK
     ids_WN = comm.all_gather(padded).view(comm.size, -1)
 
-    num_local = num_experts // comm.size
+    arranged = arrange_gathered(ids_TK, ids_WN, num_experts, comm.rank)
+    return *arranged, torch.tensor([max_tokens])
+
+
+def arrange_gathered(
+    ids_TK: Tensor, ids_WN: Tensor, num_experts: int, rank: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All ranks' ids, padded to the same N, -> order_N, send_splits, recv_splits, perm_R, offsets_e, route_R."""
+    size = ids_WN.shape[0]
+    num_local = num_experts // size
     order_N, counts_E = sort_routes(ids_TK, num_experts)
-    local_WN = ids_WN - comm.rank * num_local
+    local_WN = ids_WN - rank * num_local
     here_WN = (local_WN >= 0) & (local_WN < num_local)
     local_WN = torch.where(here_WN, local_WN, num_local)
-    counts = torch.zeros(comm.size, num_local + 1, dtype=torch.int64, device=ids_TK.device)
+    counts = torch.zeros(size, num_local + 1, dtype=torch.int64, device=ids_TK.device)
     counts.scatter_add_(1, local_WN, torch.ones_like(local_WN))
     send, recv, perm_R, offsets_e = _finish(counts_E, counts[:, :num_local].contiguous())
     # Stable, so rows of one expert stay sorted by (source, route): the order that arrival by all-to-all gives.
     route_R = torch.argsort(local_WN.reshape(-1), stable=True)[: perm_R.numel()].clone()
-    return order_N, send, recv, perm_R, offsets_e, route_R, torch.tensor([max_tokens])
+    return order_N, send, recv, perm_R, offsets_e, route_R
+
+
+def arrange_fixed(ids_WN: Tensor, num_experts: int, rank: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """The same without reading the device: offsets_e and route_R, as long as it can get, W * M * min(K, e).
+
+    Routes past `offsets_e[-1]` are routes to other ranks.
+    """
+    num_local = num_experts // ids_WN.shape[0]
+    local_N = ids_WN.reshape(-1) - rank * num_local
+    local_N = torch.where((local_N >= 0) & (local_N < num_local), local_N, num_local)
+    counts_e = torch.zeros(num_local + 1, dtype=torch.int64, device=ids_WN.device)
+    counts_e.scatter_add_(0, local_N, torch.ones_like(local_N))
+    num_rows = ids_WN.numel() // top_k * min(top_k, num_local)
+    return counts_e[:num_local].cumsum(0).to(torch.int32), torch.argsort(local_N, stable=True)[:num_rows]
 
 
 @gather_layout.register_fake

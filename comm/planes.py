@@ -1,9 +1,9 @@
-"""HCCL groups for the two planes of communication, as options that can be read without torch-npu.
+"""Groups for the two planes of communication; HCCL's options can be read without torch-npu.
 
-`push`: vector cores of the device write to peers (AIV expansion): low latency, costs cores. `dma`: HCCL's default, copy
-engines move bulk. A mode belongs to a communicator, so each plane has a group of its own. HCCL documents for A2 and A3:
-one AIV communicator in a process, inference, symmetric networks, and on A2 AlltoAllV within one server. The first three
-of these depend on more than one call: the caller vouches for the network and for inference.
+On Ascend, `push`: vector cores of the device write to peers (AIV expansion): low latency, costs cores. `dma`: HCCL's
+default, copy engines move bulk. A mode belongs to a communicator, so each plane has a group of its own. HCCL documents
+for A2 and A3: one AIV communicator in a process, inference, symmetric networks, and on A2 AlltoAllV within one server.
+The first three of these depend on more than one call: the caller vouches for the network and for inference.
 """
 
 from __future__ import annotations
@@ -45,6 +45,28 @@ def hccl_config(
             "Use plane='dma'."
         )
     return {"hccl_op_expansion_mode": AIV}
+
+
+def new_plane_group(plane: str, ranks: list[int], device: str) -> dist.ProcessGroup | None:
+    """A group of `ranks` for one plane, None for one rank; collective over these ranks.
+
+    NVIDIA: the dma plane asks NCCL for no cores (CTA policy zero), which it grants on buffers that are registered as
+    symmetric memory and else ignores; the push plane's stream has high priority. CPU: two plain groups.
+    """
+    if len(ranks) == 1:
+        return None
+    if device == "npu":
+        return new_hccl_group(ranks, hccl_config(plane))
+    options: Any = None
+    if device == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options.is_high_priority_stream = plane == "push"
+        zero = getattr(dist.ProcessGroupNCCL, "NCCL_CTA_POLICY_ZERO", None)
+        if plane == "dma" and zero is not None:
+            options.config.cta_policy = zero
+    group = dist.new_group(ranks, pg_options=options, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def new_hccl_group(ranks: list[int], config: dict[str, int]) -> dist.ProcessGroup:

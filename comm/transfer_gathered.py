@@ -87,21 +87,34 @@ def combine_prereduced(
     `weights_TK` takes the gradient; the numbers used are `weights_R`, its copies on the experts' ranks.
     """
     comm = Communicator.named(group)
-    (num_tokens, top_k), num_max = weights_TK.shape, int(max_tokens)
-    row_of_route = route_R.new_full((comm.size * num_max * top_k,), -1)
-    row_of_route[route_R] = torch.arange(route_R.shape[0], device=route_R.device)
-    row_of_route = row_of_route.view(-1, top_k)
-    partial = torch.zeros(row_of_route.shape[0], rows_RD.shape[1], dtype=wide(rows_RD.dtype), device=rows_RD.device)
-    if route_R.shape[0]:
-        for k in range(top_k):
-            here, row = row_of_route[:, k, None] >= 0, row_of_route[:, k].clamp(min=0)
-            term = rows_RD.index_select(0, row) * weights_R.index_select(0, row).unsqueeze(1).to(partial.dtype)
-            partial += torch.where(here, term, 0)
+    num_tokens, num_max = weights_TK.shape[0], int(max_tokens)
+    partial = partial_sums(rows_RD, weights_R, route_R, comm.size * num_max, weights_TK.shape[1])
     if format == "none":
         summed = comm.reduce_scatter(partial.to(rows_RD.dtype).view(comm.size, num_max, rows_RD.shape[1]))
     else:
         summed = _sum_coded(comm, partial, format, scale).to(rows_RD.dtype)
     return summed[:num_tokens].clone()
+
+
+def partial_sums(
+    rows_RD: Tensor, weights_R: Tensor, route_R: Tensor, num_tokens: int, top_k: int, end: Tensor | None = None
+) -> Tensor:
+    """Weighted sum of the rows that are here over a token's routes, in increasing k -> [num_tokens, D], wide dtype.
+
+    num_tokens: of all ranks, W * M. route_R: the route of each row. end: rows from there on do not count.
+    """
+    row_R = torch.arange(route_R.shape[0], device=route_R.device)
+    if end is not None:
+        row_R = torch.where(row_R < end, row_R, -1)
+    row_of_route = route_R.new_full((num_tokens * top_k,), -1).scatter_(0, route_R, row_R)
+    row_of_route = row_of_route.view(-1, top_k)
+    partial = torch.zeros(num_tokens, rows_RD.shape[1], dtype=wide(rows_RD.dtype), device=rows_RD.device)
+    if route_R.shape[0]:
+        for k in range(top_k):
+            here, row = row_of_route[:, k, None] >= 0, row_of_route[:, k].clamp(min=0)
+            term = rows_RD.index_select(0, row) * weights_R.index_select(0, row).unsqueeze(1).to(partial.dtype)
+            partial += torch.where(here, term, 0)
+    return partial
 
 
 def _sum_coded(comm: Communicator, partial: Tensor, format: str, scale: str) -> Tensor:
@@ -119,11 +132,19 @@ def _(rows_RD, weights_TK, *_settings):  # type: ignore[no-untyped-def]
 
 def _setup_prereduced(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows_RD, weights_TK, *others, group, _, back, scale = inputs
-    ctx.weights_shape, ctx.weights_dtype, ctx.settings = weights_TK.shape, weights_TK.dtype, (group, back, scale)
+    save_prereduced(ctx, rows_RD, weights_TK, tuple(others), (group, back, scale))
+
+
+def save_prereduced(
+    ctx: Any, rows_RD: Tensor, weights_TK: Tensor, others: tuple[Tensor, ...], settings: tuple[str, str, str]
+) -> None:
+    """Keep what `backward_prereduced` needs; others: weights_R, route_R, max_tokens and the layout's moves."""
+    ctx.weights_shape, ctx.weights_dtype, ctx.settings = weights_TK.shape, weights_TK.dtype, settings
     ctx.save_for_backward(rows_RD, *others)
 
 
-def _backward_prereduced(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+def backward_prereduced(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows_RD and of weights_TK."""
     rows_RD, weights_R, route_R, max_tokens, *moves = ctx.saved_tensors
     group, format, scale = ctx.settings
     grad_RD = gather_rows(grad_TD, route_R, max_tokens, *moves, ctx.weights_shape[1], group, format, "none", scale)
@@ -131,7 +152,11 @@ def _backward_prereduced(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]
     products_R1 = (grad_RD * used).sum(1, keepdim=True)
     grad_weights = return_routes(products_R1, *moves, *ctx.weights_shape, group).squeeze(2)
     grad_rows = (grad_RD * weights_R.unsqueeze(1)).to(rows_RD.dtype)
-    return (pad_rows(grad_rows, rows_RD.shape[0]), grad_weights.to(ctx.weights_dtype), *[None] * 11)
+    return pad_rows(grad_rows, rows_RD.shape[0]), grad_weights.to(ctx.weights_dtype)
+
+
+def _backward_prereduced(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    return (*backward_prereduced(ctx, grad_TD), *[None] * 11)
 
 
 combine_prereduced.register_autograd(_backward_prereduced, setup_context=_setup_prereduced)

@@ -44,7 +44,7 @@ def splits_tokens(mesh: Mesh) -> bool:
     return mesh.sizes.ep > 1 or mesh.sizes.tp > 1 or mesh.sizes.etp > 1
 
 
-def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
+def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, sync: GradSync) -> None:
     """Shard or replicate `model`, in place. Experts of split tokens (ep, tp, etp) go over their own copies only."""
     sharded = [block for block in blocks if splits_tokens(mesh)]
     own = {id(param): param for block in sharded for param in _own_params(block)}
@@ -53,7 +53,7 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
     shared = [p for block in sharded for p in block.experts.parameters() if id(p) not in own]
     for param in shared:
         # Ranks that share an expert's width see the same rows.
-        _reduce_gradient(param, mesh.token_group, mesh.loss_size * mesh.sizes.etp)
+        sync.attach(param, mesh.token_group, mesh.loss_size * mesh.sizes.etp)
     apart = set(shared)
     copies = mesh.sizes.edp * mesh.sizes.dp_replicate
     if plan.data == "fsdp2" and copies > 1:
@@ -64,7 +64,7 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
                 _fully_shard_experts(unit, set(shared), mesh, plan)
     else:
         for param in own.values():
-            _reduce_gradient(param, mesh.copies_group if copies > 1 else None, mesh.loss_size)
+            sync.attach(param, mesh.copies_group if copies > 1 else None, mesh.loss_size)
         apart |= set(own.values())
     if mesh.loss_size == 1 and plan.dtype is None:
         return
@@ -115,22 +115,41 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
     experts.set_all_reduce_hook(divide)
 
 
-def _reduce_gradient(param: nn.Parameter, group: dist.ProcessGroup | None, loss_size: int) -> None:
-    """For a parameter outside FSDP and DDP: sum each new gradient over `group` and divide it by the loss ranks."""
+class GradSync:
+    """Whether gradients of parameters outside FSDP and DDP are reduced over ranks now, or kept for a later backward.
 
-    def hook(grad: Tensor) -> Tensor:
+    Attributes:
+        now: False keeps what comes in; the next backward with True reduces the sum.
+        num_bytes: handed to reductions so far, on this rank.
+    """
+
+    def __init__(self) -> None:
+        self.now = True
+        self.num_bytes = 0
+        self._kept: dict[nn.Parameter, Tensor] = {}
+
+    def attach(self, param: nn.Parameter, group: dist.ProcessGroup | None, loss_size: int) -> None:
+        """Sum each new gradient of `param` over `group` and divide it by the loss ranks."""
+        if param.requires_grad and (loss_size > 1 or (group is not None and group.size() > 1)):
+            param.register_hook(lambda grad: self._take(param, grad, group, loss_size))
+
+    def _take(self, param: nn.Parameter, grad: Tensor, group: dist.ProcessGroup | None, loss_size: int) -> Tensor:
         if group is None:
             return grad / loss_size
         # A clone: autograd may hand the same gradient to another parameter.
         local = (grad.to_local() if isinstance(grad, DTensor) else grad).clone(memory_format=torch.contiguous_format)
+        kept = self._kept.pop(param, None)
+        if kept is not None:
+            local += kept
+        if not self.now:
+            self._kept[param] = local
+            return torch.zeros_like(grad)
         dist.all_reduce(local, group=group)
+        self.num_bytes += local.numel() * local.element_size()
         local /= loss_size
         if isinstance(grad, DTensor):
             return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False)
         return local
-
-    if param.requires_grad and (loss_size > 1 or (group is not None and group.size() > 1)):
-        param.register_hook(hook)
 
 
 def _precision(plan: Plan) -> MixedPrecisionPolicy:
@@ -141,17 +160,34 @@ def _precision(plan: Plan) -> MixedPrecisionPolicy:
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Backward passes inside accumulate gradients of dense and FSDP parameters without reducing them; the first one
-    outside reduces the sum."""
+    """Backward passes inside accumulate gradients without reducing them; the first one outside reduces the sum."""
     engine: Any = model
-    if not hasattr(model, "set_requires_gradient_sync"):
-        yield
-        return
-    engine.set_requires_gradient_sync(False)
+    record = vars(model).get("_moeweave")
+    if record is not None:
+        record.grad_sync.now = False
+    if hasattr(model, "set_requires_gradient_sync"):
+        engine.set_requires_gradient_sync(False)
     try:
         yield
     finally:
-        engine.set_requires_gradient_sync(True)
+        if record is not None:
+            record.grad_sync.now = True
+        if hasattr(model, "set_requires_gradient_sync"):
+            engine.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def not_last(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside reduce their gradients and do not wait for it: FSDP's reductions run on its own stream
+    and group while the next micro-batch computes, and the first backward outside waits for all."""
+    fsdp = model if isinstance(model, FSDPModule) else None
+    if fsdp is not None:
+        fsdp.set_is_last_backward(False)
+    try:
+        yield
+    finally:
+        if fsdp is not None:
+            fsdp.set_is_last_backward(True)
 
 
 def keep_gathered(model: nn.Module) -> None:

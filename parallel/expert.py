@@ -20,13 +20,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from moeweave.comm.codec import Codec, num_scales
+from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatch import TokenDispatcher
 from moeweave.comm.dispatchers.select import make_dispatcher
+from moeweave.comm.overlap import in_lane, least_of_ranks, run_routed
 from moeweave.moe.balance import apply_capacity, load
 from moeweave.moe.experts import ExpertWeights, local_experts
 from moeweave.moe.layer import accumulate, unflatten
@@ -111,6 +114,7 @@ class ExpertCall:
         deltas: by parameter name, what low-rank adapters add to this rank's slice.
         shares: how tp ranks, which all hold the same tokens, share them out; None without tp.
         width: the ranks that share each expert's width; None without etp.
+        route: (x_TD, ids_TK, weights_TK) -> y_TD: dispatch, experts and combine, as the plan schedules them.
         masked: while True this rank's tokens are routed nowhere; it only serves the other ranks' rows.
     """
 
@@ -127,6 +131,8 @@ class ExpertCall:
         self.masked = False
         self.shares: TokenShares | None = TokenShares(mesh.dense["tp"]) if mesh.sizes.tp > 1 else None
         self.width = ExpertWidth(mesh.group("etp"), block) if mesh.sizes.etp > 1 else None
+        self.group = Communicator(mesh.group("ep") if mesh.sizes.ep > 1 else None).name
+        self.route = self._in_chunks if plan.overlap == "microbatch" else self.in_one_piece
         self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)
         self.kept_E = torch.zeros_like(self.load_E)
         self.step_E = torch.zeros_like(self.load_E)
@@ -147,24 +153,37 @@ class ExpertCall:
         if shares is not None:
             start, end = shares.bounds(num_tokens)
             x_TD, ids_TK, weights_TK = shares.take(x_TD), ids_TK[start:end], shares.take(weights_TK)
-        y_TD = (self._of_group if self.width is not None else self._routed)(x_TD, ids_TK, weights_TK)
+        y_TD = (self._of_group if self.width is not None else self.route)(x_TD, ids_TK, weights_TK)
         y_TD = y_TD.to(hidden.dtype)
         if shares is not None:
             y_TD = shares.join(y_TD, num_tokens)
         return unflatten(y_TD, hidden.shape)
 
-    def _routed(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def in_one_piece(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Dispatch, experts, combine, one after the other: x_TD -> y_TD."""
         dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         rows_RD = self.run_local(dispatched.rows_RD, dispatched.offsets_e)
         return self.dispatcher.combine(rows_RD, weights_TK, dispatched)
 
     def _of_group(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """`_routed` of the tokens of all ranks that share the experts' width; this rank's own outputs."""
+        """`route` of the tokens of all ranks that share the experts' width; this rank's own outputs."""
         width = self.width
         assert width is not None
         sizes = width.sizes(x_TD)
         x_tD, weights_tK = width.gather(x_TD, sizes), width.gather_weights(weights_TK, sizes)
-        return width.reduce(self._routed(x_tD, width.gather(ids_TK, sizes), weights_tK), sizes)
+        return width.reduce(self.route(x_tD, width.gather(ids_TK, sizes), weights_tK), sizes)
+
+    def _in_chunks(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Overlapped: as one of several lanes, or else in chunks if every rank has tokens enough."""
+        if torch.compiler.is_compiling():
+            return self.in_one_piece(x_TD, ids_TK, weights_TK)
+        # In a lane nothing is cut; asked all the same, so that a recomputation outside of it takes the same path.
+        mine = -1 if in_lane() else x_TD.shape[0]
+        least = int(least_of_ranks(torch.tensor([mine], device=x_TD.device), "" if in_lane() else self.group))
+        if 0 <= least < max(self.plan.overlap_min_tokens, 1):
+            return self.in_one_piece(x_TD, ids_TK, weights_TK)
+        num_chunks = 1 if least < 0 else self.plan.microbatches
+        return run_routed(self.dispatcher, x_TD, ids_TK, weights_TK, self.run_local, num_chunks)
 
     def _routes(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights in the dispatcher's convention (-1 is not routed), counted, capacity applied."""
@@ -284,8 +303,18 @@ def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
         module.__dict__.update(before)
 
 
-def install_expert_call(block: MoEBlock, top_k: int, mesh: Mesh, plan: Plan, parent: nn.Module) -> ExpertCall:
-    """Put an `ExpertCall` in place of the experts' forward (or, for an adapted block, of the block's)."""
+def install_expert_call(
+    block: MoEBlock,
+    top_k: int,
+    mesh: Mesh,
+    plan: Plan,
+    parent: nn.Module,
+    return_group: dist.ProcessGroup | None = None,
+) -> ExpertCall:
+    """Put an `ExpertCall` in place of the experts' forward (or, for an adapted block, of the block's).
+
+    return_group: of the asynchronous combines, see `make_dispatcher`.
+    """
     ep = mesh.sizes.ep
     group = mesh.group("ep") if ep > 1 else None
     dispatcher = make_dispatcher(
@@ -293,9 +322,10 @@ def install_expert_call(block: MoEBlock, top_k: int, mesh: Mesh, plan: Plan, par
         group,
         block.num_experts,
         top_k=top_k,
-        combine=plan.combine,
-        codec=Codec.parse(plan.codec),
         topology=plan.topology,
+        combine=plan.combine,
+        return_group=return_group,
+        codec=Codec.parse(plan.codec),
     )
     call = ExpertCall(block, dispatcher, plan, mesh)
     if block.adapter is None:

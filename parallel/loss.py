@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeweave.parallel.aux_loss import global_aux_loss, sum_over_ranks, sums_over_ranks
-from moeweave.parallel.data import no_sync
+from moeweave.parallel.microbatch import agree_on_lanes, run_passes
 from moeweave.parallel.record import Record, record_of
 from moeweave.parallel.span import Span, current_span
 from moeweave.parallel.vocabulary import split_logits
@@ -82,7 +82,8 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     Args:
         model: from `parallelize`. Its forward takes `batch` as keywords and returns a loss, or an object with `.loss`.
         batch: this rank's part; tensors share dim 0, which is split into the micro-batches.
-        microbatches: parts to run one after the other; gradients are reduced over ranks with the last.
+        microbatches: parts to run one after the other; `Plan.grad_sync` says when gradients are reduced. With
+            Plan(overlap="microbatch") each is cut into `Plan.microbatches` more, which run in turns.
 
     Returns:
         The global loss, detached: the mean over data ranks.
@@ -92,9 +93,10 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     """
     record = record_of(model)
     if record.pipeline is not None:
-        total: Tensor | None = record.pipeline.forward_backward(batch, microbatches)
-        assert total is not None
-        return total
+        piped: Tensor = record.pipeline.forward_backward(batch, microbatches)
+        return piped
+    lanes = agree_on_lanes(batch, microbatches, record)
+    microbatches *= lanes
     parts = split(batch, microbatches)
     extra: dict[str, Any] = {}
     summed = record.takes_num_items and batch.get("num_items_in_batch") is not None
@@ -106,31 +108,26 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     record.aux_share = 1.0 / microbatches if summed else 1.0
     for layer in record.layers:
         layer.aux_share = 1.0 / microbatches
-    total = None
     labels = batch.get("labels")
     step = _whole_step.set((labels, microbatches) if isinstance(labels, Tensor) and microbatches > 1 else None)
+    passes = [functools.partial(_part_of_loss, model, {**part, **extra}, share) for part in parts]
     try:
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with split_logits():
-                loss = loss_of(model(**part, **extra)) * share
-            if last:
-                loss.backward()
-            else:
-                with no_sync(model):
-                    loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
+        total = run_passes(model, passes, lanes, record)
     finally:
         _whole_step.reset(step)
         record.num_items = None
         record.aux_share = 1.0
         for layer in record.layers:
             layer.aux_share = 1.0
-    assert total is not None
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
         total = total / dist.get_world_size()
     return total
+
+
+def _part_of_loss(model: nn.Module, part: dict[str, Any], share: float) -> Tensor:
+    with split_logits():
+        return loss_of(model(**part)) * share
 
 
 def loss_of(output: Any) -> Tensor:

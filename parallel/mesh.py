@@ -189,6 +189,16 @@ class Mesh:
             raise ValueError(f"axis ({axis!r}) must be one of {', '.join(dict.fromkeys((*DENSE_AXES, *EXPERT_AXES)))}.")
         return view.get_group(axis)
 
+    def new_group(self, axis: str) -> dist.ProcessGroup | None:
+        """Another process group of the ranks of one axis, None if that is this rank alone: a class of traffic with a
+        group of its own never waits behind another's. Collective over these ranks."""
+        group = self.group(axis)
+        if group.size() == 1:
+            return None
+        made = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        return made
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={size}" for name, size in asdict(self.sizes).items() if size > 1)
         return f"Mesh({shown or 'one rank'}, device={self.device})"

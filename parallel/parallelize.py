@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -19,12 +20,14 @@ from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.pipeline import Pipeline
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.prefill import install_prefill
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.sequence import SequenceSharing, install_sequence, shares_sequence
 from moeweave.parallel.stages import Cut, cut_model
 from moeweave.parallel.tensor import apply_tensor_parallel, plan_of
+from moeweave.parallel.three_stream import PlanesOfModel, install_three_stream, refuse_three_stream
 
 logger = logging.getLogger("moeweave")
 
@@ -35,7 +38,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     Numbered as they happen:
         1. find the MoE blocks, by structure; refuse models that cannot be wrapped, by name and with the reason
         2. split attention, MLPs, embeddings and head over `tp`, share sequences over `sp`, if there are such axes
-        3. keep this rank's experts (DTensors over `ep`, `etp`); dispatch, experts, combine replace the experts' call
+        3. keep this rank's experts (DTensors over `ep`, `etp`); dispatch, experts, combine, as `Plan.overlap`
+           schedules them, replace the experts' call
         4. checkpoint activations if the plan says so
         5. shard or replicate the rest over the data ranks
         6. make `model(**batch).loss` the rank's share of the global loss
@@ -68,6 +72,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     _refuse_with_tp(model, blocks, mesh, plan)
     _refuse_with_etp(model, blocks, mesh)
     _refuse_with_sequence(mesh, plan)
+    refuse_three_stream(mesh, plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
@@ -82,7 +87,12 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     if mesh.sizes.tp > 1:
         shards = sharing.layers if sharing is not None and plan.tp_sequence else None
         apply_tensor_parallel(model, blocks, mesh.dense["tp"], shards)
-    calls = [_wrap_block(model, block, mesh, plan) for block in blocks]
+    return_group = mesh.new_group("ep") if plan.overlap == "microbatch" and blocks else None
+    calls = [_wrap_block(model, block, mesh, plan, return_group) for block in blocks]
+    if plan.overlap == "three_stream" and blocks:
+        planes = PlanesOfModel(mesh)
+        for block, call in zip(blocks, calls, strict=True):
+            install_three_stream(model, block, call, planes.schedule(block.num_experts, top_k_of(model), plan))
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     record = Record(mesh, plan, blocks, calls, layers, top_k, _aux_coef(model))
     # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
@@ -94,8 +104,9 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     if plan.recompute:
         homes = [model.get_submodule(block.block_path) for block in blocks]
         apply_recompute(core, repeated_blocks(core, blocks) or homes)
-    apply_data_parallel(core, blocks, mesh, plan)
+    apply_data_parallel(core, blocks, mesh, plan, record.grad_sync)
     install_loss_hooks(core, record)
+    install_prefill(core, record)
     install_lockstep(core, record)
     if cut is not None:
         record.pipeline = Pipeline(core, cut, layout, record, num_experts)
@@ -121,6 +132,8 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
         raise ValueError("pp does not cut models that peft wraps. Set pp=1, or merge_and_unload() the adapters.")
     if mesh.loss_size > 1 and plan.data == "ddp":
         raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
+    if plan.grad_sync != "last":
+        raise ValueError(f"Plan.grad_sync ({plan.grad_sync!r}) must be 'last' under pp ({mesh.sizes.pp}).")
     if plan.aux != "global":
         raise ValueError(f"Plan.aux ({plan.aux!r}) must be 'global' under pp ({mesh.sizes.pp}), or set pp=1.")
     if not hasattr(model, "base_model_prefix") and not getattr(model, "chained_layers", False):
@@ -187,9 +200,12 @@ def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> No
         check_width(block, etp, mesh.sizes.edp)
 
 
-def _wrap_block(model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan) -> ExpertCall:
+def _wrap_block(
+    model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan, return_group: dist.ProcessGroup | None
+) -> ExpertCall:
     shard_experts(block, mesh)
-    call = install_expert_call(block, top_k_of(model), mesh, plan, model.get_submodule(block.block_path))
+    parent = model.get_submodule(block.block_path)
+    call = install_expert_call(block, top_k_of(model), mesh, plan, parent, return_group)
     install_deltas(model, block, call)
     return call
 

@@ -11,6 +11,7 @@ import torch
 from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers.ascend_limits import check_codec
 from moeweave.comm.dispatchers.select import validate_choice
+from moeweave.comm.three_stream_options import FORMS, ThreeStreamOptions
 from moeweave.parallel.keywords import names_nearest, unknown_keyword
 from moeweave.parallel.schedules import SCHEDULES
 
@@ -23,6 +24,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": SCHEDULES,
     "sequence": ("ulysses", "ring"),
     "tp_sequence": (False, True),
+    "overlap": (None, "microbatch", "three_stream"),
+    "three_stream_form": FORMS,
+    "grad_sync": ("last", "each"),
 }
 
 
@@ -52,6 +56,20 @@ class Plan:
             all positions of some heads) or "ring" (keys and values go round; any number of heads).
         tp_sequence: with tp > 1, `tp` ranks share out the positions of a sequence between attention and MLPs
             (Megatron's sequence parallelism): norms, routers and experts run on a rank's own tokens.
+        overlap: what hides the exchange of tokens. None: nothing. "microbatch": while one part of the tokens is on the
+            wire another computes; `forward_backward` and passes without gradients run the whole model on `microbatches`
+            parts of the batch in turns, any other pass cuts the tokens of each MoE layer. "three_stream": two planes of
+            communication beside the router and the shared expert of each MoE block (`comm.three_stream`; dispatcher and
+            schedule are one, so `dispatcher` is not used).
+        microbatches: parts with overlap="microbatch".
+        overlap_min_tokens: a pass in which some rank has fewer tokens runs in one piece; all ranks agree on it.
+        three_stream_form: "gathered", rows go to every rank and leave before the router has run; "routed", they go
+            where the router says; "auto", gathered where top-k is at least ep.
+        push_share: part of rows and results, 0 to 1, that takes the push plane with overlap="three_stream".
+        max_tokens: with overlap="three_stream" and combine="prereduced", tokens that no rank exceeds in a pass without
+            gradients: its sizes are fixed then, and a CUDA graph can capture it. None: agreed in each pass.
+        grad_sync: with several micro-batches, gradients are reduced over ranks once ("last"), or with every micro-batch
+            while the next computes ("each": that many times the bytes, and no unreduced gradients kept).
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
 
     Raises:
@@ -72,6 +90,13 @@ class Plan:
     schedule: str = "1f1b"
     sequence: str = "ulysses"
     tp_sequence: bool = False
+    overlap: str | None = None
+    microbatches: int = 2
+    overlap_min_tokens: int = 1024
+    three_stream_form: str = "auto"
+    push_share: float = 0.25
+    max_tokens: int | None = None
+    grad_sync: str = "last"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -84,6 +109,13 @@ class Plan:
             raise ValueError(
                 f"Plan.dtype ({self.dtype!r}) needs data='fsdp2'. With 'ddp' leave it out, or convert the model itself."
             )
+        for name, least in (("microbatches", 2), ("overlap_min_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Plan.{name} ({value!r}) must be a whole number of at least {least}.")
+        if self.overlap == "three_stream":
+            form, share = self.three_stream_form, self.push_share
+            ThreeStreamOptions(form, share, self.combine or "exact", max_tokens=self.max_tokens)
         validate_choice(self.dispatcher, self.combine)
         object.__setattr__(self, "codec", Codec.parse(self.codec))
         if self.dispatcher == "ascend":

@@ -22,23 +22,25 @@ from torch.utils.checkpoint import checkpoint
 from moeweave.parallel.span import current_span, spanning
 
 
-def _is_layout(op: Any) -> bool:
-    return op in (torch.ops.moeweave.exchange_layout.default, torch.ops.moeweave.gather_layout.default)
+def _is_agreed(op: Any) -> bool:
+    """Operators that agree on something over ranks: layouts, and whether to cut the tokens into chunks."""
+    ops = torch.ops.moeweave
+    return op in (ops.exchange_layout.default, ops.gather_layout.default, ops.least_of_ranks.default)
 
 
 class _Record(TorchDispatchMode):
     """Keeps the routing of a forward pass, in order."""
 
-    def __init__(self, kept: list[tuple[Any, ...]]) -> None:
+    def __init__(self, kept: list[Any]) -> None:
         super().__init__()
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.topk.default:
-            self.kept.append((out[1].clone(),))
-        elif _is_layout(func):
-            self.kept.append(tuple(out))
+            self.kept.append(out[1].clone())
+        elif _is_agreed(func):
+            self.kept.append(out)
         elif func is torch.ops.moeweave.onesided_dispatch.default:
             self.kept.append(tuple(out[1:]))
         return out
@@ -47,7 +49,7 @@ class _Record(TorchDispatchMode):
 class _Replay(TorchDispatchMode):
     """Answers with what `_Record` kept, in the same order, and tells the same span of shared sequences."""
 
-    def __init__(self, kept: list[tuple[Any, ...]]) -> None:
+    def __init__(self, kept: list[Any]) -> None:
         super().__init__()
         self.kept = kept
         self.position = 0
@@ -65,10 +67,10 @@ class _Replay(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.topk.default:
-            (indices,) = self._next()
+            indices = self._next()
             dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1)
             return torch.gather(args[0], dim, indices), indices.clone()
-        if _is_layout(func):
+        if _is_agreed(func):
             return self._next()
         if func is torch.ops.moeweave.onesided_dispatch.default:
             x_TD, _, weights_TK, _, *settings = args
@@ -77,14 +79,14 @@ class _Replay(TorchDispatchMode):
             return rows_RD, weights_R, offsets_e, moves
         return func(*args, **(kwargs or {}))
 
-    def _next(self) -> tuple[Any, ...]:
+    def _next(self) -> Any:
         self.position += 1
         return self.kept[self.position - 1]
 
 
 def replay_routing() -> tuple[Any, Any]:
     """`context_fn` for torch.utils.checkpoint.checkpoint (use_reentrant=False): keep routing, recompute the rest."""
-    kept: list[tuple[Any, ...]] = []
+    kept: list[Any] = []
     return _Record(kept), _Replay(kept)
 
 

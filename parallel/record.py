@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moeweave.moe.balance import bias_update
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock
+from moeweave.parallel.data import GradSync
 from moeweave.parallel.expert import ExpertCall
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
@@ -33,6 +34,7 @@ class Record:
     balanced: the balance loss of the forward pass under way is the global one already.
     sequence: how the model's sequences are shared out (`SequenceSharing`), under sp and tp_sequence.
     pipeline: the `Pipeline` that runs the model's stages, under pp.
+    grad_sync: reduces the gradients that neither FSDP nor DDP reduces.
     aux_checked: the model's aux loss was seen to follow the formula.
     """
 
@@ -52,6 +54,7 @@ class Record:
     balanced: bool = False
     sequence: Any = None
     pipeline: Any = None
+    grad_sync: GradSync = field(default_factory=GradSync)
 
     @property
     def routing_group(self) -> dist.ProcessGroup:

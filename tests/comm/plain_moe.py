@@ -7,6 +7,7 @@ Legend: T tokens of a rank, K routes a token, D width, R rows that arrive, E exp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -124,3 +125,19 @@ def plain(case: Case) -> list[Answer]:
                 grad_experts[expert] += weight * torch.outer(x_TD[t], probe_TD[t])
         answers.append(Answer(y_TD, grad_x_TD, grad_weights_TK, grad_experts))
     return answers
+
+
+def leaves_of(case: Case, rank: int, shift: int = 0) -> list[Tensor]:
+    """x_TD, weights_TK and this rank's experts, to take gradients of; `shift` changes the tokens."""
+    per_rank = case.num_experts // case.world
+    mine = experts_of(case)[rank * per_rank : (rank + 1) * per_rank].clone()
+    x_TD = tokens_of(case, rank) * (1 + shift)
+    return [leaf.requires_grad_() for leaf in (x_TD, weights_of(case, rank), mine)]
+
+
+def run_experts(mine: Tensor, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
+    """One row at a time, so that cutting the rows elsewhere changes no bit."""
+    pieces = [rows_RD[:0] + 0 * mine.sum()]
+    for expert, (start, end) in enumerate(pairwise([0, *offsets_e.tolist()])):
+        pieces += [rows_RD[row : row + 1] @ mine[expert] for row in range(start, end)]
+    return torch.cat(pieces)

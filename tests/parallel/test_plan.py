@@ -23,6 +23,12 @@ LEGAL = dict(
     drop=["probability", "position"],
     dtype=[None, "float32", "bfloat16"],
     recompute=[False, True],
+    overlap=[None, "microbatch", "three_stream"],
+    microbatches=[2, 5],
+    overlap_min_tokens=[0, 4096],
+    three_stream_form=["auto", "gathered", "routed"],
+    push_share=[0.0, 1.0],
+    grad_sync=["last", "each"],
 )
 
 
@@ -87,6 +93,15 @@ def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
         (dict(codec=dict(dispach="fp8")), "codec's field ('dispach') must be one of dispatch"),
         (dict(codec="fp8", dispatcher="ascend"), "codec (fp8) must be 'none' or 'int8' for dispatcher='ascend'"),
         (dict(data="ddp", dtype="bfloat16"), "Plan.dtype ('bfloat16') needs data='fsdp2'"),
+        (dict(overlap="yes"), "Plan.overlap ('yes') must be one of None, 'microbatch', 'three_stream'."),
+        (dict(microbatches=1), "Plan.microbatches (1) must be a whole number of at least 2."),
+        (dict(overlap_min_tokens=-1), "Plan.overlap_min_tokens (-1) must be a whole number of at least 0."),
+        (dict(grad_sync="all"), "Plan.grad_sync ('all') must be one of 'last', 'each'."),
+        (dict(overlap="three_stream", push_share=2.0), "push_share (2.0) must be from 0 to 1."),
+        (
+            dict(overlap="three_stream", max_tokens=8),
+            "max_tokens (8) must be at least 1 and go with combine='prereduced'",
+        ),
         (dict(data=["ddp"]), "Plan.data (['ddp']) must be one of"),
     ],
 )
