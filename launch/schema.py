@@ -236,6 +236,9 @@ class BenchConfig:
     flush: bool = True
     graph: bool = False
     seed: int = 0
+    ablate: bool = False
+    shared_hidden: int = 256
+    push_share: float = 0.25
     overlap: list[str] = field(default_factory=lambda: ["all_to_all", "all_gather"])
     programs: int | None = None
     topology: str = "topology.json"
@@ -246,10 +249,12 @@ class BenchConfig:
         at_least(2, ranks=self.ranks, factor=self.factor)
         at_least(1, programs=self.programs or 1)
         at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
+        at_least(1, shared_hidden=self.shared_hidden)
         at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
         at_least(0, warmup=self.warmup)
         at_least(self.min_size, max_size=self.max_size)
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        require(0 <= self.push_share <= 1, "push_share", self.push_share, "is no share", "Set 0 to 1.")
         one_of("routing", self.routing, ("uniform", "balanced", "zipf", "one_hot"))
 
     @property

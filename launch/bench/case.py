@@ -39,6 +39,7 @@ class Case:
         wire_bytes: MoE operations: what this backend sends from this rank to others; None where it does not say.
         label: a shape's name, or the pair of ranks.
         graph: whether it can be captured in a CUDA graph, that is, waits nowhere for the host.
+        facts: what else goes into the line, asked for once it was timed.
         sides: operations that run several things at once: microseconds that each took in the last run, by its name.
     """
 
@@ -56,6 +57,7 @@ class Case:
     label: str = ""
     graph: bool = True
     sides: Callable[[], dict[str, float]] | None = None
+    facts: Callable[[], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:

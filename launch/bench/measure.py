@@ -69,7 +69,8 @@ def measure(case: Case, config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         times = _times(case, run, config, mesh)
     if config.trace is not None:
         _trace(case, run, config, mesh)
-    return line | figures(times, case, line["logical_bytes"], mesh.world)
+    line |= figures(times, case, line["logical_bytes"], mesh.world)
+    return line if case.facts is None else line | case.facts()
 
 
 def figures(times: Times, case: Case, logical: int | None, ranks: int) -> dict[str, Any]:

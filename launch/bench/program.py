@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 import moeweave as mw
 from moeweave.launch import cli, compose, elastic, env, runlog, sweep
-from moeweave.launch.bench import collectives, overlap, raw, report, routed, shapes, topology
+from moeweave.launch.bench import ablation, collectives, overlap, raw, report, routed, shapes, topology
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.measure import measure
 from moeweave.launch.schema import BenchConfig, ConfigError
@@ -47,6 +47,7 @@ PROGRAM = cli.Program(
         ("moeweave-bench op='[all_gather,all_to_all]' ranks=4 device=cpu max_size=16777216", "two collectives"),
         ("moeweave-bench op=dispatch backend='[alltoall,allgather]' shape=v3-decode128", "dispatchers side by side"),
         ("moeweave-bench op='[dispatch,combine,moe_layer]' routing=zipf tokens=1000 out=runs/bench", "with files"),
+        ("moeweave-bench op=moe_layer ablate=true out=runs/bench", "what each part of the three-stream schedule gives"),
         ("moeweave-bench op=overlap overlap='[all_to_all,all_gather]' max_size=1048576", "what runs beside what"),
         ("moeweave-bench op=topology topology=runs/topology.json", "what dispatcher=auto reads as plan.topology"),
         ("torchrun --nproc-per-node 4 -m moeweave.launch.bench op=pairs max_size=1073741824", "under torchrun"),
@@ -169,6 +170,7 @@ def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:
         line |= {"flush": config.flush, "routing": config.routing, "device": mesh.device.type, "context": about}
     report.relate(lines)
     overlap.relate(lines)
+    ablation.relate(lines)
     if "topology" in config.ops:
         _write_topology(lines, config, mesh)
     return lines
@@ -179,6 +181,8 @@ def _cases(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
         yield from _peaks(config, mesh)
     for op in config.ops:
         yield from OPS[op].cases(op, config, mesh)
+        if op == "moe_layer" and config.ablate:
+            yield from ablation.cases(config, mesh)
 
 
 def _peaks(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moeweave.launch.bench import hccl
+from moeweave.launch.bench import ablation, hccl, timeline
 from moeweave.launch.schema import ConfigError
 
 Line = dict[str, Any]
@@ -44,6 +44,7 @@ def table(lines: Iterable[Line], context: Line) -> str:
         out += ["#", f"# {op}", _header(op), *(_row(line) for line in mine)]
         out += _matrices(mine) if op in ("pairs", "topology") else []
     out += rows[0].get("topology") or []
+    out += ablation.table(rows)
     wrong = sum(line["wrong"] for line in rows)
     return "\n".join([*out, f"# Out of bounds values : {wrong} {'OK' if wrong == 0 else 'FAILED'}"])
 
@@ -113,6 +114,7 @@ def write(lines: list[Line], folder: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(lines)
+    timeline.write(lines, folder)
     _draw(
         [line for line in lines if "median" in line and line["op"] not in ("peak", "overlap", "topology")],
         folder / "bench.png",

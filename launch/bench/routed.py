@@ -242,14 +242,20 @@ def _combine(task: Task, dispatcher: TokenDispatcher) -> Work:
     return _Kept(run, lambda y_TD: task.num_off(y_TD, task.expected_sum(), task.dtype)).work()
 
 
-def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -> Work:
+def expert_weights(task: Task, seed: int) -> tuple[Tensor, Tensor]:
+    """up [e, 2F, D] and down [e, D, F] of this rank's experts."""
     shape, device = task.shape, task.mesh.device
     generator = torch.Generator(device=device).manual_seed(seed * 7919 + task.mesh.rank)
     size = (task.num_local, 2 * shape.expert_hidden, shape.hidden)
     up = torch.randn(size, generator=generator, device=device, dtype=task.dtype) * shape.hidden**-0.5
     size = (task.num_local, shape.hidden, shape.expert_hidden)
     down = torch.randn(size, generator=generator, device=device, dtype=task.dtype) * shape.expert_hidden**-0.5
-    weights = ExpertWeights(gate_up=up, down=down, apply_gate=_swiglu)
+    return up, down
+
+
+def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -> Work:
+    up, down = expert_weights(task, seed)
+    weights = ExpertWeights(gate_up=up, down=down, apply_gate=swiglu)
     x_TD = task.x_TD.clone().requires_grad_(backward)
     weights_TK = task.weights_TK.clone().requires_grad_(backward)
     if backward:
@@ -272,7 +278,7 @@ def _layer(task: Task, dispatcher: TokenDispatcher, backward: bool, seed: int) -
     return _Kept(run, off).work()
 
 
-def _swiglu(gate_up_RF: Tensor) -> Tensor:
+def swiglu(gate_up_RF: Tensor) -> Tensor:
     gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
     return nn.functional.silu(gate_RF) * up_RF
 
@@ -291,7 +297,7 @@ def _plain_layer(task: Task, up: Tensor, down: Tensor, backward: bool) -> list[T
         y_ND = torch.zeros(x_ND.shape, device=x_ND.device)
         for local in range(task.num_local):
             token, column = torch.where(ids_NK == task.first + local)
-            out_RD = _swiglu(x_ND[token] @ up[local].T) @ down[local].T
+            out_RD = swiglu(x_ND[token] @ up[local].T) @ down[local].T
             y_ND = y_ND.index_add(0, token, out_RD.float() * weights_NK[token, column].unsqueeze(1))
     shared, own = [y_ND.detach()], []
     if backward:

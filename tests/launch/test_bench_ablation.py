@@ -1,0 +1,44 @@
+"""moeweave-bench op=moe_layer ablate=true: every way is right, counted as it should be, and drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeweave.comm.timeline import STREAMS
+from moeweave.launch.bench import ablation, report
+from moeweave.launch.bench.program import bench
+from moeweave.launch.schema import BenchConfig
+from run_ranks import run_ranks
+
+
+def lines(world: int, values: dict[str, Any]) -> list[dict[str, Any]]:
+    small = dict(tokens=13, hidden=32, experts=8, topk=3, expert_hidden=16, shared_hidden=24, iterations=2, warmup=1)
+    return bench(BenchConfig(op="moe_layer", ablate=True, device="cpu", **small, **values), world)
+
+
+@pytest.mark.parametrize("world, codec, share", [(2, "none", 0.5), pytest.param(4, "fp8", 1.0, marks=pytest.mark.slow)])
+def test_every_way_is_right_and_counted(world: int, codec: str, share: float, tmp_path: Path) -> None:
+    found = run_ranks(world, lines, world, dict(codec=codec, push_share=share))[0]
+    ways = {line["backend"]: line for line in found if "ablation" in line}
+    assert list(ways) == [way.name for way in ablation.ways()] and len(ways) == 10
+    assert all(line["wrong"] == 0 for line in found)
+    none, every = ways["none"], ways["all"]
+    assert none["gain"] == 1.0 and none["peak_memory"] > 13 * 32 * 4
+    assert none["ablation"]["router_flops"] == world * every["ablation"]["router_flops"] == world * 2 * 13 * 32 * 8
+    assert none["ablation"]["shared_flops"] == world * every["ablation"]["shared_flops"]
+    saved = world * (world - 1) * 13 * (32 * 4 - 32 - 4)
+    assert none["wire_bytes"] - every["wire_bytes"] == pytest.approx(saved, abs=world * 3 * 13 * 32 * 4)
+    assert none["sides"]["dma"] == 0.0 and (every["sides"]["dma"] > 0) == (share < 1)
+    assert "slowdown" in every and "slowdown" not in none
+    text = report.table(found, {"device_name": "cpu", "ranks": world, "versions": {"torch": "2"}})
+    assert "all but two_planes" in text and "rows on push" in text
+    report.write(found, tmp_path)
+    for name in ("none", "all"):
+        assert (tmp_path / f"timeline-{name}.png").stat().st_size > 0
+        events = json.loads((tmp_path / f"timeline-{name}.json").read_text())["traceEvents"]
+        assert {event["tid"] for event in events} <= set(STREAMS)
+        assert {"router", "shared expert", "experts", "rows", "results"} <= {event["name"] for event in events}
