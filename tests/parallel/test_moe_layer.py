@@ -1,10 +1,13 @@
 """Our own MoELayer under a mesh: gradients of the global batch, balance losses and bias updates included."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
 
 import moeweave as mw
+from moeweave.comm.dispatchers import select
 from moeweave.comm.topology import Topology
 from moeweave.moe.router import Router
 from run_ranks import run_ranks
@@ -121,12 +124,14 @@ def test_micro_batches_with_unequal_labels_are_the_whole_batch_on_plain_models_t
 
 
 def dispatchers_of(path: str) -> list[str]:
-    wrapped = mw.parallelize(build("softmax"), mw.Mesh(dp=2, ep=2), mw.Plan(topology=path))
+    with patch.object(select, "shares_memory", lambda group: False):
+        wrapped = mw.parallelize(build("softmax"), mw.Mesh(dp=2, ep=2), mw.Plan(topology=path))
     return [type(layer.experts.forward.dispatcher).__name__ for layer in wrapped.layers]
 
 
 def test_auto_chooses_by_the_topology_of_the_plan(tmp_path) -> None:
-    """Three routes a token over two ranks: gathered rows are fewer, but here an all-gather is ten times as slow."""
+    """Three routes a token over two ranks that share no memory: gathered rows are fewer, but here an all-gather is ten
+    times as slow."""
     facts = dict(device="cpu", device_names=["cpu"] * 2, hosts=["host"] * 2, all_to_all_us=100.0, measured_bytes=1024)
     facts |= dict(links=[[None, "memory"]] * 2, peer_access=[[None, True]] * 2, pair_gbps=[[None, 1.0]] * 2)
     for name, gbps in (("slow", 0.1), ("fast", 1.0)):

@@ -256,7 +256,7 @@ def refuse(what: str) -> str:
         ("dense", "ep (2) needs experts, and Dense has none. Set ep=1."),
         ("indivisible", "ep (2) must divide the number of experts (5) of experts. On this many ranks ep can be 1."),
         ("unwrapped", "Model is not wrapped yet: call moeweave.parallelize(model, mesh) first."),
-        ("sp", "sp (2) must be 1: parallelize composes pp, dp, dp_replicate, tp and ep."),
+        ("sp", "sp and tp_sequence cannot see what Model does with positions."),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused_on_every_rank(what: str, text: str) -> None:
