@@ -123,12 +123,12 @@ def test_a_rank_killed_in_a_dispatch_is_an_error_at_once(ranks: Ranks) -> None:
         assert "dispatch (round 4)" in text or "combine of sums (round 5)" in text
 
 
-@pytest.mark.parametrize("ranks", [(2.0, "stops")], indirect=True)
+@pytest.mark.parametrize("ranks", [(5.0, "stops")], indirect=True)
 def test_a_rank_that_stops_is_an_error_at_the_deadline(ranks: Ranks) -> None:
     answers = ranks.answers([1, 2])
-    assert any("rank 0 did not answer within 2 s" in text for _, text in answers)
+    assert any("rank 0 did not answer within 5 s" in text for _, text in answers)
     for seconds, text in answers:
-        assert 1.5 < seconds < 10
+        assert 4.5 < seconds < 30
         assert "rank 0" in text
         assert "dispatch (round 4)" in text or "combine of sums (round 5)" in text
 
