@@ -1,0 +1,72 @@
+"""Every call of an NPU operator that the library makes, recorded off an NPU: name and arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moeweave.comm.codec import Codec
+from moeweave.comm.dispatchers.ascend import AscendDispatcher
+from moeweave.comm.dispatchers.ascend_limits import AscendOptions
+from moeweave.kernels_ext import npu
+from moeweave.kernels_ext.grouped_mm import npu_impl as grouped_mm_npu
+from moeweave.kernels_ext.quantize_rows import npu_impl as quantize_npu
+
+
+class FakeGroup:
+    """As much of a group of two ranks as the dispatcher reads."""
+
+    group_name = "two"
+
+
+def x(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def run_dispatcher(call: npu.Call, series: str, quantize: bool) -> None:
+    given = dict(group_name="two", call=call, codec=Codec.parse("int8" if quantize else "none"))
+    dispatcher = AscendDispatcher(FakeGroup(), 4, AscendOptions(series, 4), **given)  # type: ignore[arg-type]
+    ids, weights = torch.tensor([[0, 3], [1, 2]]), x(2, 2, dtype=torch.float32)
+    dispatched = dispatcher.dispatch(x(2, 1024), ids, weights)
+    dispatcher.combine(x(16, 1024), weights, dispatched)
+    if series == "A3":
+        dispatcher.combine(x(16, 1024), weights, dispatched, shared_TD=x(2, 1024))
+
+
+class Recorder:
+    """A `Call` that keeps name and arguments, and returns tensors of the documented shapes."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, name: str, **arguments: Any) -> Any:
+        self.calls.append((name, arguments))
+        counts = torch.zeros(2, dtype=torch.int64)
+        return {
+            "npu_moe_distribute_dispatch_v2": (x(16, 1024), x(16), x(16 * 128), counts, x(4), x(0), x(16)),
+            "npu_moe_distribute_combine_v2": x(4, 1024),
+            "npu_grouped_matmul": [x(2, 16, 8)],
+            "npu_dynamic_quant": (x(4, 16), x(4)),
+        }[name]
+
+
+def record() -> list[tuple[str, dict[str, Any]]]:
+    """(name, arguments) of every kind of call, in order."""
+    recorder = Recorder()
+    ranks = (
+        patch.object(dist, "get_rank", lambda group=None: 0),
+        patch.object(dist, "get_world_size", lambda group=None: 2),
+    )
+    with patch.object(npu, "call", recorder), ranks[0], ranks[1]:
+        for series in ("A2", "A3"):
+            for quantize in (False, True):
+                run_dispatcher(recorder, series, quantize)
+        offsets = torch.tensor([1, 4], dtype=torch.int32)
+        grouped_mm_npu.forward(x(4, 16), x(2, 16, 8), offsets)
+        grouped_mm_npu.weight_grad(x(4, 16), x(4, 8), offsets)
+        quantize_npu.encode(x(4, 16), "int8")
+    return recorder.calls
