@@ -8,6 +8,11 @@ suggest       meshes that hold a model, by estimated memory and communication
 save, load    training checkpoints that another mesh can read; from_pretrained, save_pretrained: Hugging Face folders
 """
 
+from moeweave.kernels_ext.cann import set_torch_npu_aside
+
+set_torch_npu_aside()  # before anything below imports torch
+
+# ruff: noqa: E402
 from moeweave.comm.codec import Codec
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEAdapter, UnsupportedModel, register_moe

@@ -142,6 +142,11 @@ class Mesh:
         kind = device or _default_device()
         if kind not in _BACKENDS:
             raise ValueError(f"device ({device!r}) must be one of {', '.join(_BACKENDS)}.")
+        if kind == "npu" and not hasattr(torch, "npu"):
+            raise ValueError(
+                "device ('npu') must have torch-npu and CANN, and this process has no torch.npu. Install moeweave[npu] "
+                "and load CANN's set_env.sh before the program starts, or use another device."
+            )
         if kind != "cpu":
             _take_own_device()
         if not dist.is_initialized():
