@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KINDS = ("softmax", "topk_softmax", "sigmoid")
+from moeweave.kernels_ext.gating_top_k import KINDS, Gating, gating_top_k
 
 
 class Router(nn.Module):
@@ -78,19 +78,12 @@ class Router(nn.Module):
         Returns logits_TE (x's dtype; float32 for sigmoid, which scores in float32), weights_TK (float32) and ids_TK
         (int64); float64 stays float64.
         """
+        weight, bias = self.weight, self.bias
         if self.kind == "sigmoid":
-            x_TD, weight, bias = _widen(x_TD), _widen(self.weight), None if self.bias is None else _widen(self.bias)
-            logits_TE = nn.functional.linear(x_TD, weight, bias)
-            weights_TK, ids_TK = self._choose_by_sigmoid(logits_TE)
-        else:
-            logits_TE = nn.functional.linear(x_TD, self.weight, self.bias)
-            if self.kind == "softmax":
-                weights_TK, ids_TK = torch.topk(self.probabilities(logits_TE), self.top_k, dim=-1)
-                if self.renormalize:
-                    weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-            else:
-                top_TK, ids_TK = torch.topk(logits_TE, self.top_k, dim=-1)
-                weights_TK = torch.softmax(_widen(top_TK), dim=-1)
+            x_TD, weight, bias = _widen(x_TD), _widen(weight), None if bias is None else _widen(bias)
+        logits_TE = nn.functional.linear(x_TD, weight, bias)
+        rule = Gating(self.top_k, self.kind, self.renormalize, self.num_groups, self.top_groups)
+        weights_TK, ids_TK = gating_top_k(logits_TE, rule, self.e_score_correction_bias)
         return logits_TE, weights_TK if self.scale == 1.0 else weights_TK * self.scale, ids_TK
 
     def probabilities(self, logits_TE: Tensor) -> Tensor:
@@ -100,26 +93,6 @@ class Router(nn.Module):
             return torch.softmax(wide_TE, dim=-1)
         scores_TE = wide_TE.sigmoid()
         return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
-
-    def _choose_by_sigmoid(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        scores_TE = logits_TE.sigmoid()
-        assert self.e_score_correction_bias is not None
-        choice_TE = scores_TE.detach() + self.e_score_correction_bias
-        if self.num_groups > 1:
-            choice_TE = self._mask_groups(choice_TE)
-        ids_TK = torch.topk(choice_TE, self.top_k, dim=-1, sorted=False).indices
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if self.renormalize:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights_TK, ids_TK
-
-    def _mask_groups(self, choice_TE: Tensor) -> Tensor:
-        """Set the experts outside the best groups to -inf."""
-        choice_TGe = choice_TE.unflatten(1, (self.num_groups, -1))
-        score_TG = choice_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        best = torch.topk(score_TG, self.top_groups, dim=-1, sorted=False).indices
-        keep_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, best, True)
-        return choice_TGe.masked_fill(~keep_TG.unsqueeze(-1), float("-inf")).flatten(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """As in nn.Module, but `.to(torch.bfloat16)` leaves the correction bias float32: its steps would round away."""

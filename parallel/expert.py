@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moeweave.comm.codec import Codec, num_scales
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatch import TokenDispatcher
+from moeweave.comm.dispatchers.ascend_limits import AscendOptions
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.overlap import in_lane, least_of_ranks, run_routed
 from moeweave.moe.balance import apply_capacity, load
@@ -326,6 +327,7 @@ def install_expert_call(
         combine=plan.combine,
         return_group=return_group,
         codec=Codec.parse(plan.codec),
+        ascend=AscendOptions.parse(plan.ascend),
     )
     call = ExpertCall(block, dispatcher, plan, mesh)
     if block.adapter is None:

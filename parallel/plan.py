@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moeweave.comm.codec import Codec
-from moeweave.comm.dispatchers.ascend_limits import check_codec
+from moeweave.comm.dispatchers.ascend_limits import AscendOptions, check_codec
 from moeweave.comm.dispatchers.select import validate_choice
 from moeweave.comm.three_stream_options import FORMS, ThreeStreamOptions
 from moeweave.parallel.keywords import names_nearest, unknown_keyword
@@ -41,6 +41,8 @@ class Plan:
         dispatcher: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each
             other), "ascend" (inference on NPUs), or "auto" (from top-k, ep and whether ranks share memory, logged
             once).
+        ascend: options of dispatcher="ascend", an `AscendOptions` or a mapping of its fields (series, max_tokens, path);
+            an `AscendOptions` afterwards.
         topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.
         combine: "exact", "prereduced", or None for the dispatcher's default.
         codec: how rows are quantised before they are sent: a format of what dispatch sends ("none", "fp8", "fp8_e5m2",
@@ -82,6 +84,7 @@ class Plan:
     topology: str | None = None
     combine: str | None = None
     codec: Codec | str | Mapping[str, str] | None = "none"
+    ascend: AscendOptions | Mapping[str, Any] | None = None
     aux: str = "global"
     capacity: float | None = None
     drop: str = "probability"
@@ -118,6 +121,7 @@ class Plan:
             ThreeStreamOptions(form, share, self.combine or "exact", max_tokens=self.max_tokens)
         validate_choice(self.dispatcher, self.combine)
         object.__setattr__(self, "codec", Codec.parse(self.codec))
+        object.__setattr__(self, "ascend", AscendOptions.parse(self.ascend))
         if self.dispatcher == "ascend":
             check_codec(Codec.parse(self.codec))
 

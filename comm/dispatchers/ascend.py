@@ -32,7 +32,9 @@ from moeweave.comm.dispatchers.ascend_limits import (
     check_codec,
     check_group,
     check_window,
+    refuse_grad,
 )
+from moeweave.comm.dispatchers.gathered import GatheredDispatcher
 from moeweave.comm.layout import Layout
 from moeweave.comm.pending import Pending
 from moeweave.kernels_ext import npu, quantize_rows
@@ -100,7 +102,7 @@ class AscendDispatcher:
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
         """See `TokenDispatcher`; x_TD bf16 or fp16. A handle saves nothing here: the operator exchanges no counts."""
-        _refuse_grad(x_TD, weights_TK)
+        refuse_grad(x_TD, weights_TK)
         self._check(x_TD, ids_TK)
         x_BD, ids_BK, active_BK = self._padded(x_TD, ids_TK)
         rows_AD, scales_A, assist, counts_e, recv_counts, tp_counts, expand_scales = self.call(
@@ -141,7 +143,7 @@ class AscendDispatcher:
         self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched, *, shared_TD: Tensor | None = None
     ) -> Tensor:
         """See `TokenDispatcher`; `shared_TD` (the shared expert's output, A3 only) is added in the operator."""
-        _refuse_grad(rows_RD, weights_TK)
+        refuse_grad(rows_RD, weights_TK)
         layout = dispatched.handle
         assert isinstance(layout, AscendLayout), "dispatched by another dispatcher"
         if shared_TD is not None and self._is_a2:
@@ -235,8 +237,8 @@ def make_ascend(
     *,
     codec: Codec | None = None,
     coded_rows: bool = False,
-) -> AscendDispatcher:
-    """The dispatcher over an hccl group.
+) -> AscendDispatcher | GatheredDispatcher:
+    """The dispatcher of `options.path` over an hccl group.
 
     Raises:
         ValueError: no group, or one of another backend; a codec that the operators do not have.
@@ -248,6 +250,8 @@ def make_ascend(
             f"the expert group's backend ({backend}) must be hccl for dispatcher='ascend': its operators run on NPUs. "
             "Use Mesh(device='npu') with ep > 1, or dispatcher='alltoall'."
         )
+    if options.path == "gathered":
+        return GatheredDispatcher(group, num_experts, options.max_tokens, codec=codec, coded_rows=coded_rows)
     name = group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())  # type: ignore[attr-defined]
     # HCCL's own variable: the operators have no other way to learn the size of their window.
     window_mb = int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_WINDOW))
@@ -261,11 +265,3 @@ def _resized(rows: Tensor, size: int) -> Tensor:
     if rows.shape[0] >= size:
         return rows[:size]
     return torch.cat([rows, rows.new_zeros(size - rows.shape[0], *rows.shape[1:])])
-
-
-def _refuse_grad(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(
-            "requires_grad (True) must be False for dispatcher='ascend': its operators have no gradient. "
-            "Train with dispatcher='alltoall', or run under torch.no_grad()."
-        )

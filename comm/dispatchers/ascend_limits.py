@@ -9,12 +9,17 @@ Letters: T tokens a rank at most, D width, K routes a token, E experts, e expert
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from moeweave.comm.codec import Codec
 
 MEGABYTE = 1 << 20
+PATHS = ("operators", "gathered")
 DEFAULT_WINDOW = 200  # of HCCL_BUFFSIZE, in MB
 
 
@@ -24,26 +29,48 @@ class AscendOptions:
 
     Attributes:
         series: "A2" or "A3", the Atlas series of the machine.
-        max_tokens: tokens of a rank at most. A3 pads every call to it; rows and window are sized by it.
+        max_tokens: tokens of a rank at most. A3 pads every call to it, as "gathered" does everywhere; rows and window
+            are sized by it.
+        path: "operators", the dispatch and combine operators; "gathered", an all-gather of fixed size and the routing
+            operators (`gathered.py`), which has none of the others' limits on sizes.
 
     Raises:
-        ValueError: an unknown series; max_tokens out of the series' range.
+        ValueError: an unknown series or path; max_tokens out of the series' range.
     """
 
     series: str = "A3"
     max_tokens: int = 128
+    path: str = "operators"
 
     def __post_init__(self) -> None:
         if self.series not in _SERIES:
             raise ValueError(
                 f"series ({self.series!r}) must be one of {', '.join(_SERIES)}. Name the machine's series."
             )
+        if self.path not in PATHS:
+            raise ValueError(f"path ({self.path!r}) must be one of {', '.join(PATHS)}. Name one of them.")
+        if self.path == "gathered":
+            if self.max_tokens < 1:
+                raise ValueError(f"max_tokens ({self.max_tokens}) must be at least 1. Raise it.")
+            return
         most = _SERIES[self.series].tokens
         if not 0 < self.max_tokens <= most:
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) must be 1 to {most} on {self.series}. "
                 "Lower it, or use dispatcher='alltoall' for longer batches."
             )
+
+
+    @staticmethod
+    def parse(value: AscendOptions | Mapping[str, Any] | None) -> AscendOptions:
+        """Options as a config has them: a mapping of fields, or None for the defaults. Raises ValueError on others."""
+        if isinstance(value, AscendOptions):
+            return value
+        known = [field.name for field in fields(AscendOptions)]
+        for key in value or {}:
+            if key not in known:
+                raise ValueError(f"ascend.{key} is unknown. Use one of {', '.join(known)}.")
+        return AscendOptions(**dict(value or {}))
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,15 @@ def check_codec(codec: Codec) -> None:
         raise ValueError(
             f"codec ({codec}) must be 'none' or 'int8' for dispatcher='ascend': its operators quantise what dispatch "
             "sends, to int8. Set codec='int8', or use dispatcher='alltoall'."
+        )
+
+
+def refuse_grad(*tensors: Tensor) -> None:
+    """Raise RuntimeError where a gradient would be lost."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "requires_grad (True) must be False for dispatcher='ascend': its operators have no gradient. "
+            "Train with dispatcher='alltoall', or run under torch.no_grad()."
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeweave.kernels_ext import quantize_rows
 from moeweave.kernels_ext.registry import Implementation, Op, select
-from moeweave.kernels_ext.scaled_grouped_mm import reference, torch_impl
+from moeweave.kernels_ext.scaled_grouped_mm import npu_impl, reference, torch_impl
 
 __all__ = ["OP", "quantize_weight", "scaled_grouped_mm"]
 
@@ -30,7 +30,7 @@ class _ScaledGroupedMM(Implementation, Protocol):
     ) -> Tensor: ...
 
 
-OP: Op[_ScaledGroupedMM] = Op("scaled_grouped_mm", (torch_impl, reference))
+OP: Op[_ScaledGroupedMM] = Op("scaled_grouped_mm", (npu_impl, torch_impl, reference))
 
 
 def quantize_weight(weight_EDF: Tensor, kind: str = "fp8") -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def scaled_grouped_mm(
     codes_RD, scales_R: rows sorted by group as `Dispatched` has them; scales [R], or [R, G] of groups of columns.
     weight_EDF, scales_EF: of `quantize_weight`.
     offsets_e: [E] int32, ascending; a group may be empty, R may be 0.
-    impl: "auto", or the name of an implementation ("torch", "reference").
+    impl: "auto", or the name of an implementation ("npu", "torch", "reference").
     Returns rows [R, F] in `dtype`; rows past offsets_e[-1] are undefined.
     Raises ValueError on shapes that do not fit, or an impl that cannot run.
     """

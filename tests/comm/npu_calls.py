@@ -13,8 +13,13 @@ from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers.ascend import AscendDispatcher
 from moeweave.comm.dispatchers.ascend_limits import AscendOptions
 from moeweave.kernels_ext import npu
+from moeweave.kernels_ext.expand_rows import npu_impl as expand_npu
+from moeweave.kernels_ext.gating_top_k import Gating
+from moeweave.kernels_ext.gating_top_k import npu_impl as gating_npu
 from moeweave.kernels_ext.grouped_mm import npu_impl as grouped_mm_npu
 from moeweave.kernels_ext.quantize_rows import npu_impl as quantize_npu
+from moeweave.kernels_ext.scaled_grouped_mm import npu_impl as scaled_npu
+from moeweave.kernels_ext.swiglu_quant import npu_impl as swiglu_npu
 
 
 class FakeGroup:
@@ -37,6 +42,15 @@ def run_dispatcher(call: npu.Call, series: str, quantize: bool) -> None:
         dispatcher.combine(x(16, 1024), weights, dispatched, shared_TD=x(2, 1024))
 
 
+def run_routing() -> None:
+    ids = torch.tensor([[0, 3], [1, 2], [-1, 0], [3, 2]])
+    for dtype, scales in ((torch.bfloat16, None), (torch.int8, x(4, dtype=torch.float32))):
+        _, _, places, _ = expand_npu.expand(x(4, 16, dtype=dtype), scales, ids, (2, 4), 4)
+        expand_npu.reduce(x(8, 16), places, x(4, 2))
+    for rule in (Gating(2), Gating(2, "topk_softmax"), Gating(2, "sigmoid", num_groups=4, top_groups=2)):
+        gating_npu.forward(x(4, 32), rule, x(32) if rule.kind == "sigmoid" else None)
+
+
 class Recorder:
     """A `Call` that keeps name and arguments, and returns tensors of the documented shapes."""
 
@@ -51,6 +65,10 @@ class Recorder:
             "npu_moe_distribute_combine_v2": x(4, 1024),
             "npu_grouped_matmul": [x(2, 16, 8)],
             "npu_dynamic_quant": (x(4, 16), x(4)),
+            "npu_dequant_swiglu_quant": (x(4, 8), x(4)),
+            "npu_moe_init_routing_v2": (x(8, 16), counts.repeat(4), counts, x(8)),
+            "npu_moe_token_unpermute": x(4, 16),
+            "npu_moe_gating_top_k": (x(4, 2), torch.zeros(4, 2, dtype=torch.int32), x(4, 32)),
         }[name]
 
 
@@ -69,4 +87,9 @@ def record() -> list[tuple[str, dict[str, Any]]]:
         grouped_mm_npu.forward(x(4, 16), x(2, 16, 8), offsets)
         grouped_mm_npu.weight_grad(x(4, 16), x(4, 8), offsets)
         quantize_npu.encode(x(4, 16), "int8")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            codes = [x(4, 16, dtype=torch.int8), x(4, dtype=torch.float32), x(2, 16, 8, dtype=torch.int8)]
+            scaled_npu.forward(*codes, x(2, 8, dtype=torch.float32), offsets, dtype)
+        swiglu_npu.forward(x(4, 16), "int8")
+        run_routing()
     return recorder.calls

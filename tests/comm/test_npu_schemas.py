@@ -24,6 +24,10 @@ RESULTS = {
     "npu_moe_distribute_combine_v2": ["Tensor"],
     "npu_grouped_matmul": ["List[Tensor]"],
     "npu_dynamic_quant": ["Tensor"] * 2,
+    "npu_dequant_swiglu_quant": ["Tensor"] * 2,
+    "npu_moe_init_routing_v2": ["Tensor"] * 4,
+    "npu_moe_token_unpermute": ["Tensor"],
+    "npu_moe_gating_top_k": ["Tensor"] * 3,
 }
 
 

@@ -72,7 +72,21 @@ def documented(name: str, given: dict[str, Any]) -> list[list[Any]]:
         return [[[given["expert_ids"].shape[0], given["expand_x"].shape[1]], "bfloat16"]]
     if name == "npu_dynamic_quant":
         return [[list(given["input"].shape), "int8"], [list(given["input"].shape[:-1]), "float32"]]
+    if name == "npu_dequant_swiglu_quant":
+        return [[[given["x"].shape[0], given["x"].shape[1] // 2], "int8"], [list(given["x"].shape[:1]), "float32"]]
+    if name == "npu_moe_init_routing_v2":
+        rows, (first, end) = given["expert_idx"].numel(), given["active_expert_range"]
+        expanded = [[rows, given["x"].shape[1]], str(given["x"].dtype)[6:]]
+        return [expanded, [[rows], "int32"], [[end - first], "int64"], [[rows], "float32"]]
+    if name == "npu_moe_token_unpermute":
+        return [[[given["probs"].shape[0], given["permuted_tokens"].shape[1]], "bfloat16"]]
+    if name == "npu_moe_gating_top_k":
+        chosen = [given["x"].shape[0], given["k"]]
+        return [[chosen, "float32"], [chosen, "int32"], [list(given["x"].shape), "float32"]]
     (left,), (right,) = given["x"], given["weight"]
+    if left.dtype == torch.int8:
+        written = "bfloat16" if given["scale"][0].dtype == torch.bfloat16 else "float16"
+        return [[[left.shape[0], right.shape[-1]], written]]
     if given["group_type"] == 0:
         return [[[left.shape[0], right.shape[-1]], "bfloat16"]]
     return [[[len(given["group_list"]), left.shape[0], right.shape[-1]], "bfloat16"]]

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from moeweave.comm.codec import Codec
+from moeweave.comm.dispatchers.ascend_limits import AscendOptions
 from moeweave.parallel.plan import Plan
 
 LEGAL = dict(
     data=["fsdp2", "ddp"],
     dispatcher=["auto", "alltoall", "allgather", "onesided"],
     combine=[None, "exact"],
+    ascend=[AscendOptions(), AscendOptions("A2", 64), AscendOptions(max_tokens=4096, path="gathered")],
     codec=[Codec(), Codec(dispatch="fp8"), Codec(combine="int8", dispatch_backward="fp8_e5m2")],
     aux=["global", "rank"],
     capacity=[None, 0.5, 1.25, 2],
@@ -116,3 +118,13 @@ def test_a_plan_is_a_value() -> None:
     assert hash(Plan()) == hash(Plan())
     assert Plan().torch_dtype is None
     assert Plan(dtype="bfloat16").torch_dtype is torch.bfloat16
+
+
+def test_options_of_ascend_are_written_by_their_fields() -> None:
+    plan = Plan(ascend=dict(series="A2", max_tokens=64))
+    assert plan.ascend == AscendOptions("A2", 64)
+    assert Plan.from_dict(dataclasses.asdict(plan)) == plan
+    with pytest.raises(ValueError, match="ascend.tokens is unknown. Use one of series, max_tokens, path"):
+        Plan(ascend=dict(tokens=3))
+    with pytest.raises(ValueError, match=r"path \('mc2'\) must be one of operators, gathered"):
+        Plan(ascend=dict(path="mc2"))
