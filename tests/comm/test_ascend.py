@@ -25,8 +25,9 @@ from moeweave.comm.dispatchers.ascend_limits import (
 )
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.tolerance import assert_close, sqnr
+from ascend_cases import apply_experts, expected_rows, oracle
 from npu_emulator import NpuEmulator
-from plain_moe import Case, ids_of, routes_by_row, tokens_of, weights_of
+from plain_moe import Case, ids_of, tokens_of, weights_of
 from run_ranks import run_ranks
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -57,20 +58,6 @@ def ascend(case: Case, codec: str = "none", coded_rows: bool = False, **options:
     return AscendDispatcher(group, case.num_experts, given, group_name=group.group_name, call=NpuEmulator(), **formats)
 
 
-def factor_of(expert: Tensor) -> Tensor:
-    """What an expert of these tests multiplies its rows by: a power of two, so that nothing is rounded."""
-    return torch.exp2((expert % 5).double() - 2)
-
-
-def apply_experts(case: Case, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
-    """Rows of this rank through its experts; two rows more than were given, and NaN past the last offset."""
-    per_rank = case.num_experts // case.world
-    expert_R = torch.bucketize(torch.arange(rows_RD.shape[0]), offsets_e, right=True) + dist.get_rank() * per_rank
-    out_RD = (rows_RD.double() * factor_of(expert_R)[:, None]).to(case.dtype)
-    out_RD[int(offsets_e[-1]) :] = float("nan")
-    return torch.cat([out_RD, torch.full((2, case.dim), float("nan"), dtype=case.dtype)])
-
-
 def one_call(case: Case, options: dict[str, Any], posted: bool) -> dict[str, Tensor | None]:
     dispatcher, rank = ascend(case, **options), dist.get_rank()
     x_TD, ids_TK, weights_TK = tokens_of(case, rank), ids_of(case, rank), weights_of(case, rank)
@@ -90,23 +77,6 @@ def one_call(case: Case, options: dict[str, Any], posted: bool) -> dict[str, Ten
     scales = None if scales_R is None else scales_R[:num_rows].clone()
     rows = dispatched.rows_RD[:num_rows].clone()
     return dict(rows_RD=rows, scales_R=scales, offsets_e=dispatched.offsets_e, y_TD=y_TD)
-
-
-def oracle(case: Case, rank: int) -> Tensor:
-    """y_TD of a rank in float64, one route at a time."""
-    x_TD, ids_TK, weights_TK = tokens_of(case, rank).double(), ids_of(case, rank), weights_of(case, rank).double()
-    y_TD = torch.zeros_like(x_TD)
-    for t, k in ((ids_TK >= 0) & (ids_TK < case.num_experts)).nonzero().tolist():
-        y_TD[t] += weights_TK[t, k] * factor_of(ids_TK[t, k]) * x_TD[t]
-    return y_TD
-
-
-def expected_rows(case: Case, rank: int) -> tuple[Tensor, list[int]]:
-    routes = routes_by_row(case, rank, case.world)
-    rows = [tokens_of(case, source)[token] for _, source, token, _ in routes]
-    per_rank = case.num_experts // case.world
-    counts = [sum(expert == rank * per_rank + e for expert, *_ in routes) for e in range(per_rank)]
-    return torch.stack(rows) if rows else torch.empty(0, case.dim, dtype=case.dtype), counts
 
 
 @pytest.mark.parametrize("world, case", CASES)

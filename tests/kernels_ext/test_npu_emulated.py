@@ -6,14 +6,9 @@ Letters: R rows, E groups, D columns in, F columns out, T tokens, K routes a tok
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "comm"))
 
 from moeweave.kernels_ext import expand_rows, gating_top_k, quantize_rows, scaled_grouped_mm, swiglu_quant
 from moeweave.kernels_ext.gating_top_k import Gating
