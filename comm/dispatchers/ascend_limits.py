@@ -89,6 +89,14 @@ _SERIES = {
 MOST_EXPERTS, MOST_ROUTES, MOST_SLOTS = 1024, 16, 2048
 
 
+def series_of(device_name: str) -> str:
+    """The Atlas series of an NPU by its name: Ascend910B2 is of A2, Ascend910_9392 of A3. Raises ValueError on others."""
+    for start, series in (("Ascend910B", "A2"), ("Ascend910_93", "A3")):
+        if device_name.startswith(start):
+            return series
+    raise ValueError(f"device ({device_name!r}) must be an Ascend910B (A2) or an Ascend910_93 (A3).")
+
+
 def check_codec(codec: Codec) -> None:
     """Raise ValueError unless the dispatch operator can send rows in the codec's formats."""
     if codec not in (Codec(), Codec(dispatch="int8")):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeweave.launch.bench import ascend
 from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.schema import BenchConfig, ConfigError
 from moeweave.parallel.mesh import Mesh
@@ -84,7 +85,7 @@ class TorchCollectives:
             work.wait()
 
 
-BACKENDS: dict[str, Callable[..., Collectives]] = {"torch": TorchCollectives}
+BACKENDS: dict[str, Callable[..., Collectives]] = {"torch": TorchCollectives, "hccl": TorchCollectives}
 
 
 def sizes(config: BenchConfig) -> list[int]:
@@ -106,6 +107,7 @@ def check(op: str, config: BenchConfig, ranks: int) -> None:
                 f"min_size={config.min_size}, factor={config.factor}: {op} cannot share out {size} bytes: sizes must "
                 f"be multiples of {step} ({config.dtype}, {ranks} ranks). Set min_size={least}."
             )
+    ascend.check(op, config, config.backends)
     for backend in config.backends:
         backend_factory(backend, BACKENDS, op)
 

@@ -23,7 +23,7 @@ from moeweave.comm.dispatch import Dispatched, TokenDispatcher
 from moeweave.comm.dispatchers.onesided_cuda import CudaOptions
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.tolerance import TOLERANCE, sqnr
-from moeweave.launch.bench import coded, torchtitan
+from moeweave.launch.bench import ascend, coded, torchtitan
 from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.bench.shapes import Shape, check_shape, remote_pairs, route, shape_of
 from moeweave.launch.schema import BenchConfig
@@ -63,9 +63,11 @@ BACKENDS: dict[str, Callable[..., Any]] = {
     "onesided_exact": _moeweave("onesided", "exact"),
     "onesided_static": _static("prereduced"),
     "onesided_static_exact": _static("exact"),
+    "ascend": ascend.dispatcher_over("operators"),
+    "ascend_gathered": ascend.dispatcher_over("gathered"),
     "torchtitan": torchtitan.MinimalAsyncEP,
 }
-NEVER_WAITS = ("onesided_static", "onesided_static_exact", "torchtitan")
+NEVER_WAITS = ("onesided_static", "onesided_static_exact", "torchtitan", "ascend", "ascend_gathered")
 WAITS_FOR_HOST = tuple(name for name in BACKENDS if name not in NEVER_WAITS)  # so no CUDA graph can hold them
 
 
@@ -73,6 +75,7 @@ def check(op: str, config: BenchConfig, ranks: int) -> None:
     """Raise ConfigError where shape, backend or number of ranks do not fit."""
     check_shape(config, ranks)
     factories = {name: backend_factory(name, BACKENDS, op) for name in config.backends or ["alltoall"]}
+    ascend.check(op, config, factories)
     if "torchtitan" in factories:
         torchtitan.check(config)
     coded.check(config, factories, shape_of(config).hidden)

@@ -52,7 +52,7 @@ class Slurm:
                 )
 
     def hosts_and_slots(self) -> tuple[int | None, int | None]:
-        return None, self.gpus_per_node
+        return None, self.gpus_per_node or None
 
     def layout(self, folder: Path, run_dir: Path, code_dir: str | None, container: str | None) -> Layout:
         return same_paths(folder, run_dir, code_dir, container)

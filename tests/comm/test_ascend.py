@@ -21,6 +21,7 @@ from moeweave.comm.dispatchers.ascend_limits import (
     check_codec,
     check_group,
     check_window,
+    series_of,
     window_bytes,
 )
 from moeweave.comm.dispatchers.select import make_dispatcher
@@ -189,6 +190,8 @@ def test_window() -> None:
     [
         (lambda: check_codec(Codec.parse("fp8")), r"codec \(fp8\) must be 'none' or 'int8' for dispatcher='ascend'"),
         (lambda: check_codec(Codec(combine="int8")), r"codec \(combine=int8\) must be 'none' or 'int8'"),
+        (lambda: series_of("Ascend310P3"), r"device \('Ascend310P3'\) must be an Ascend910B \(A2\)"),
+        (lambda: AscendOptions(max_tokens=0, path="gathered"), r"max_tokens \(0\) must be at least 1"),
         (lambda: AscendOptions("A5"), r"series \('A5'\) must be one of A2, A3"),
         (lambda: AscendOptions("A2", 257), r"max_tokens \(257\) must be 1 to 256 on A2"),
         (lambda: AscendOptions("A3", 513), r"max_tokens \(513\) must be 1 to 512 on A3"),
@@ -206,3 +209,7 @@ def test_window() -> None:
 def test_limits(check: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         check()
+
+
+def test_series_by_the_devices_name() -> None:
+    assert [series_of(name) for name in ("Ascend910B1", "Ascend910_9391")] == ["A2", "A3"]

@@ -8,7 +8,7 @@ import re
 import pytest
 
 import moeweave as mw
-from moeweave.launch import compose, prepare, report
+from moeweave.launch import compose, prepare, report, submit
 from moeweave.launch.schema import TrainConfig
 from moeweave.parallel.adapter import find_moe_blocks
 from moeweave.parallel.footprint import footprint
@@ -30,6 +30,7 @@ CHOICES = {
 }
 PRESETS = [name for name, model in CHOICES.items() if model in PUBLISHED]
 GPU_BYTES = 72 * 2**30  # what is left of 80 GB beside contexts and fragments
+NPU_BYTES = 57 * 2**30  # and of 64
 
 
 def load(*overrides: str) -> TrainConfig:
@@ -69,7 +70,7 @@ def test_a_presets_mesh_fits_its_experts_and_its_memory(name):
     assert config.batch_size == config.microbatches * config.mesh.data_size  # a micro-batch is one sequence
     found = footprint(model, blocks, top_k_of(model), sizes.tp)
     cost = estimate(found, sizes, plan, config.microbatches, config.data.seq_length, mw.Hardware())
-    assert cost.states < cost.memory < GPU_BYTES
+    assert cost.states < cost.memory < (NPU_BYTES if config.mesh.device == "npu" else GPU_BYTES)
     prepare.check_data(config.data, model)
 
 
@@ -78,3 +79,16 @@ def test_what_a_preset_sets_is_in_the_resolved_config(name):
     config = load(f"experiment={name}", "steps=7")
     assert (config.steps, config.name, config.plan["dtype"], config.proof) == (7, name, "bfloat16", False)
     assert config.model.overrides["num_hidden_layers"] > 30
+
+
+@pytest.mark.parametrize("node, ranks, nodes", [("a2", 8, 2), ("a3", 16, 1)])
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_atlas_nodes_are_asked_for_by_their_devices(kind, node, ranks, nodes, tmp_path, capsys):
+    arguments = [f"experiment=qwen3_30b_atlas_{node}_16", f"launcher={kind}_atlas_{node}", "show=true"]
+    where = [f"run.root={tmp_path}"] + (["container=ascend", "code=image"] if kind == "kubernetes" else [])
+    assert submit.main([*arguments, *where]) == 0
+    shown = capsys.readouterr().out
+    asked = f"--gres=npu:{ranks}" if kind == "slurm" else "huawei.com/Ascend910"
+    assert asked in shown and "--gpus-per-node" not in shown and "nvidia.com" not in shown
+    assert (f"--nodes={nodes}" if kind == "slurm" else f"numNodes: {nodes}") in shown
+    assert "HCCL_BUFFSIZE" in shown
