@@ -85,7 +85,7 @@ def test_what_a_preset_sets_is_in_the_resolved_config(name):
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
 def test_atlas_nodes_are_asked_for_by_their_devices(kind, node, ranks, nodes, tmp_path, capsys):
     arguments = [f"experiment=qwen3_30b_atlas_{node}_16", f"launcher={kind}_atlas_{node}", "show=true"]
-    where = [f"run.root={tmp_path}"] + (["container=ascend", "code=image"] if kind == "kubernetes" else [])
+    where = [f"run.root={tmp_path}"] + (["container=ascend"] if kind == "kubernetes" else [])
     assert submit.main([*arguments, *where]) == 0
     shown = capsys.readouterr().out
     asked = f"--gres=npu:{ranks}" if kind == "slurm" else "huawei.com/Ascend910"
