@@ -2,30 +2,36 @@
 
 On Ascend, `push`: vector cores of the device write to peers (AIV expansion): low latency, costs cores. `dma`: HCCL's
 default, copy engines move bulk. A mode belongs to a communicator, so each plane has a group of its own. HCCL documents
-for A2 and A3: one AIV communicator in a process, inference, symmetric networks, and on A2 AlltoAllV within one server.
-The first three of these depend on more than one call: the caller vouches for the network and for inference.
+for A2 and A3: one AIV communicator in a process, inference, symmetric networks, and on A2 AlltoAllV within one server;
+anything else is refused here. Ranks are taken to be numbered node by node, one a device, as torchrun numbers them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from moeweave.comm.dispatchers.ascend_limits import series_of
 
 PLANES = ("push", "dma")
 AIV = 3  # hccl_op_expansion_mode
 
 
 def hccl_config(
-    plane: str, series: str = "A3", num_nodes: int = 1, planes_open: Collection[str] = ()
+    plane: str, series: str = "A3", nodes: Sequence[int] = (0,), planes_open: Collection[str] = ()
 ) -> dict[str, int]:
     """What a group of `plane` sets in `hccl_config`; empty means HCCL's default.
 
     Args:
         plane: "push" or "dma".
         series: "A2" or "A3".
-        num_nodes: servers that the group spans.
+        nodes: server of each rank of the group.
         planes_open: planes of the groups that the process already has.
 
     Raises:
@@ -39,9 +45,15 @@ def hccl_config(
         raise ValueError(f"series ({series!r}) must be A2 or A3 for plane='push'. Use plane='dma'.")
     if "push" in planes_open:
         raise ValueError("plane ('push') must be open once: HCCL has one AIV communicator a process. Use plane='dma'.")
-    if series == "A2" and num_nodes > 1:
+    ranks_of = Counter(nodes)
+    if len(set(ranks_of.values())) > 1:
         raise ValueError(
-            f"num_nodes ({num_nodes}) must be 1 for plane='push' on A2, whose AlltoAllV by AIV stays in a server. "
+            f"ranks of each server ({', '.join(map(str, ranks_of.values()))}) must be as many for plane='push': HCCL "
+            "documents AIV for symmetric networks. Use a mesh whose ep covers whole servers, or plane='dma'."
+        )
+    if series == "A2" and len(ranks_of) > 1:
+        raise ValueError(
+            f"servers ({len(ranks_of)}) must be 1 for plane='push' on A2, whose AlltoAllV by AIV stays in a server. "
             "Use plane='dma'."
         )
     return {"hccl_op_expansion_mode": AIV}
@@ -56,7 +68,7 @@ def new_plane_group(plane: str, ranks: list[int], device: str) -> dist.ProcessGr
     if len(ranks) == 1:
         return None
     if device == "npu":
-        return new_hccl_group(ranks, hccl_config(plane))
+        return _new_hccl_group(plane, ranks)
     options: Any = None
     if device == "cuda":
         options = dist.ProcessGroupNCCL.Options()
@@ -69,13 +81,35 @@ def new_plane_group(plane: str, ranks: list[int], device: str) -> dist.ProcessGr
     return group
 
 
-def new_hccl_group(ranks: list[int], config: dict[str, int]) -> dist.ProcessGroup:
-    """An hccl group of `ranks` with `hccl_config` of a plane; a collective over all ranks, on NPUs only."""
-    from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+def open_planes() -> set[str]:
+    """Planes of the groups that this process has: what their descriptions say."""
+    return {group.group_desc for group in distributed_c10d._world.pg_map} & set(PLANES)
 
-    options: Any = ProcessGroupHCCL.Options()
+
+def refuse_training(device: str, *tensors: Tensor) -> None:
+    """Raise RuntimeError for tensors that want a gradient on NPUs, whose push plane is for inference."""
+    if device == "npu" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "requires_grad (True) must be False for overlap='three_stream' on NPUs: HCCL documents AIV for inference. "
+            "Train without it, or run under torch.no_grad()."
+        )
+
+
+def _new_hccl_group(plane: str, ranks: list[int]) -> dist.ProcessGroup:
+    module = torch.get_device_module("npu")
+    nodes = [rank // module.device_count() for rank in ranks]
+    config = hccl_config(plane, series_of(module.get_device_name()), nodes, open_planes())
+    options = _hccl_options()
     if config:
         options.hccl_config = config
-    group = dist.new_group(ranks, backend="hccl", pg_options=options)
+    group = dist.new_group(
+        ranks, backend="hccl", pg_options=options, use_local_synchronization=True, group_desc=plane
+    )
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _hccl_options() -> Any:
+    from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+
+    return ProcessGroupHCCL.Options()

@@ -33,6 +33,7 @@ from moeweave.comm.communicator import Communicator
 from moeweave.comm.joins import JoinArrived, JoinPrereduced, JoinReturned
 from moeweave.comm.layout import Layout, arrange_fixed, arrange_gathered, exchange_layout
 from moeweave.comm.pending import Pending
+from moeweave.comm.planes import refuse_training
 from moeweave.comm.streams import Streams
 from moeweave.comm.three_stream_options import ThreeStreamOptions
 from moeweave.comm.transfer_gathered import partial_sums
@@ -147,6 +148,7 @@ class ThreeStream:
         beside: Callable[[], None],
     ) -> Tensor:
         """Steps 3 to 7 without adding the shared expert's output, which `beside` computes while rows are under way."""
+        refuse_training(x_TD.device.type, x_TD, weights_TK)
         if leaving is not None and leaving.fixed:
             return self._fixed_pass(leaving, ids_TK, weights_TK, experts, beside)
         arrive = self._routed_rows if leaving is None else self._gathered_rows

@@ -10,6 +10,7 @@ import torch
 import torch_npu  # noqa: F401  (brings torch.ops.npu)
 from torch_npu.op_plugin.meta import _meta_registrations
 
+from moeweave.comm.planes import _hccl_options, hccl_config
 from npu_calls import record
 
 A3 = 250  # torch-npu's number for the chip of Atlas A3; off an NPU there is none to ask
@@ -40,4 +41,6 @@ for name, given in record():
     arguments = {key: on_meta(value) for key, value in given.items()}
     result = getattr(torch.ops.npu, name)(**arguments)
     found.append(dict(name=name, shapes=shapes(result), refusal=refusal(name, arguments)))
-print("\n" + json.dumps(found))
+options = _hccl_options()
+options.hccl_config = hccl_config("push")
+print("\n" + json.dumps(dict(calls=found, hccl_config=dict(options.hccl_config))))

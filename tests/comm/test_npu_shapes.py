@@ -36,7 +36,7 @@ def missing() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if reason := missing():
         pytest.skip(reason)
     stubs = npu_stub.build(SITE / "torch_npu", tmp_path_factory.mktemp("stubs"))
@@ -46,6 +46,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(answers: dict[str, Any]) -> list[dict[str, Any]]:
+    return answers["calls"]
 
 
 def documented(name: str, given: dict[str, Any]) -> list[list[Any]]:
@@ -103,3 +108,7 @@ def test_every_call_returns_the_documented_shapes(found: list[dict[str, Any]]) -
 def test_a_keyword_that_does_not_exist_is_refused(found: list[dict[str, Any]]) -> None:
     for each in found:
         assert "no_such_keyword" in each["refusal"], each["name"]
+
+
+def test_options_of_a_group_take_the_planes_config(answers: dict[str, Any]) -> None:
+    assert answers["hccl_config"] == {"hccl_op_expansion_mode": 3}
