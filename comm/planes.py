@@ -102,9 +102,7 @@ def _new_hccl_group(plane: str, ranks: list[int]) -> dist.ProcessGroup:
     options = _hccl_options()
     if config:
         options.hccl_config = config
-    group = dist.new_group(
-        ranks, backend="hccl", pg_options=options, use_local_synchronization=True, group_desc=plane
-    )
+    group = dist.new_group(ranks, backend="hccl", pg_options=options, use_local_synchronization=True, group_desc=plane)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

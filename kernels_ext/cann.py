@@ -1,7 +1,7 @@
 """torch-npu without CANN, whose libraries it cannot do without: set aside, so that a CPU process never meets it.
 
 Installed, it has torch import it; without CANN that fails, and `import torch` with it. transformers imports it as soon
-as it is found. So where torch-npu is installed and CANN's libraries cannot be loaded, both are told that it is not there.
+as it is found. So where torch-npu is installed and CANN's libraries cannot be loaded, both are told that it is absent.
 This runs before torch is imported, and imports nothing itself; a program that imports torch before moeweave has to set
 TORCH_DEVICE_BACKEND_AUTOLOAD=0 on its own.
 """
@@ -29,9 +29,9 @@ def set_torch_npu_aside() -> str | None:
 
 def _missing_library() -> str | None:
     """What the loader says of the first of CANN's libraries that it does not find, None if all load."""
-    for name in LIBRARIES:
-        try:
+    try:
+        for name in LIBRARIES:
             ctypes.CDLL(name)
-        except OSError as error:
-            return str(error)
+    except OSError as error:
+        return str(error)
     return None

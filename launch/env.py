@@ -12,7 +12,7 @@
 | GLOO_SOCKET_IFNAME         | the user      | the interface whose address the agent gives to other hosts           |
 | HCCL_BUFFSIZE              | the user      | the window of HCCL in MB, which the ascend dispatcher checks         |
 
-Set by `import moeweave`: TORCH_DEVICE_BACKEND_AUTOLOAD=0, where torch-npu is installed without CANN (kernels_ext/cann.py).
+Set by `import moeweave`: TORCH_DEVICE_BACKEND_AUTOLOAD=0, where torch-npu is installed without CANN.
 Set here for the ranks that this program starts, unless the user has set them: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1;
 GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, so that ranks listen on the interface that they share and on no other.
 What torch, transformers and rich read for themselves (MASTER_ADDR, NCCL_SOCKET_IFNAME, NO_COLOR, ...) is theirs.

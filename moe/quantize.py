@@ -6,10 +6,12 @@
     down            scaled_grouped_mm
     rows go home    combine
 
-Legend: T tokens, K routes a token, D width, I hidden width of an expert, R rows sorted by expert, e experts of this rank.
+Legend: T tokens, K routes a token, D width, I hidden width of an expert, R rows by expert, e experts of this rank.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +83,14 @@ def quantize_experts(
     Raises ValueError for other experts, or what `make_dispatcher` refuses.
     """
     _check(experts)
+    packed: Any = experts
     moved = make_dispatcher(
-        dispatcher, group, experts.num_experts, top_k=top_k, codec=Codec.parse(kind), coded_rows=True, ascend=ascend
+        dispatcher, group, packed.num_experts, top_k=top_k, codec=Codec.parse(kind), coded_rows=True, ascend=ascend
     )
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    per_rank = experts.num_experts // size
+    per_rank = packed.num_experts // size
     here = slice(rank * per_rank, (rank + 1) * per_rank)
-    return QuantizedExperts(experts.gate_up_proj[here], experts.down_proj[here], moved, kind)
+    return QuantizedExperts(packed.gate_up_proj[here], packed.down_proj[here], moved, kind)
 
 
 def _check(experts: nn.Module) -> None:
@@ -103,6 +106,6 @@ def _check(experts: nn.Module) -> None:
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise ValueError(
-            f"experts ({type(experts).__name__}) must be packed gated SiLU experts to be quantised: {', '.join(broken)} "
-            "does not hold. Leave these in their dtype."
+            f"experts ({type(experts).__name__}) must be packed gated SiLU experts to be quantised: "
+            f"{', '.join(broken)} does not hold. Leave these in their dtype."
         )

@@ -78,7 +78,8 @@ class Router(nn.Module):
         Returns logits_TE (x's dtype; float32 for sigmoid, which scores in float32), weights_TK (float32) and ids_TK
         (int64); float64 stays float64.
         """
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.kind == "sigmoid":
             x_TD, weight, bias = _widen(x_TD), _widen(weight), None if bias is None else _widen(bias)
         logits_TE = nn.functional.linear(x_TD, weight, bias)

@@ -41,8 +41,8 @@ class Plan:
         dispatcher: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each
             other), "ascend" (inference on NPUs), or "auto" (from top-k, ep and whether ranks share memory, logged
             once).
-        ascend: options of dispatcher="ascend", an `AscendOptions` or a mapping of its fields (series, max_tokens, path);
-            an `AscendOptions` afterwards.
+        ascend: options of dispatcher="ascend", a mapping of its fields (series, max_tokens, path) or an
+            `AscendOptions`, which it is afterwards.
         topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.
         combine: "exact", "prereduced", or None for the dispatcher's default.
         codec: how rows are quantised before they are sent: a format of what dispatch sends ("none", "fp8", "fp8_e5m2",

@@ -1,5 +1,5 @@
-"""Ascend's operators that stay on one rank, written from torch-npu's documentation, and a process that has an NPU as far
-as moeweave can tell.
+"""Ascend's operators that stay on one rank, written from torch-npu's documentation, and a process that has an NPU as
+far as moeweave can tell.
 
 What the documentation leaves open is hostile: rows past the last are NaN (int8: 99), scales of these are NaN.
 
@@ -54,8 +54,8 @@ def grouped_matmul(
     group_list_type: int,
     output_dtype: int | None = None,
 ) -> list[Tensor]:
-    """One input and one weight: group_type 0 splits the rows of x, 2 the axis that is summed over; group_list holds ends.
-    int8 is summed in int32 and scaled by both scales. What no group covers is NaN, as is the product of an empty group."""
+    """One input and one weight: group_type 0 splits the rows of x, 2 the axis that is summed over; group_list holds
+    ends. int8 is summed exactly, times both scales. What no group covers is NaN, as is an empty group's product."""
     assert (split_item, group_list_type, group_list.dtype) == (3, 0, torch.int64)
     (left,), (right,) = x, weight
     spans = list(pairwise([0, *group_list.tolist()]))
@@ -77,7 +77,7 @@ def grouped_matmul(
     return [out]
 
 
-def dynamic_quant(input: Tensor) -> tuple[Tensor, Tensor]:
+def dynamic_quant(*, input: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002  (the operator's name)
     """int8 codes and scale = amax / 127 of each row."""
     assert input.dtype in (torch.bfloat16, torch.float16)
     return _quantised(input.float())

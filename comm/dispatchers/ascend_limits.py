@@ -60,7 +60,6 @@ class AscendOptions:
                 "Lower it, or use dispatcher='alltoall' for longer batches."
             )
 
-
     @staticmethod
     def parse(value: AscendOptions | Mapping[str, Any] | None) -> AscendOptions:
         """Options as a config has them: a mapping of fields, or None for the defaults. Raises ValueError on others."""
@@ -90,7 +89,7 @@ MOST_EXPERTS, MOST_ROUTES, MOST_SLOTS = 1024, 16, 2048
 
 
 def series_of(device_name: str) -> str:
-    """The Atlas series of an NPU by its name: Ascend910B2 is of A2, Ascend910_9392 of A3. Raises ValueError on others."""
+    """The Atlas series of an NPU by its name: A2 of Ascend910B2, A3 of Ascend910_9392. Raises ValueError on others."""
     for start, series in (("Ascend910B", "A2"), ("Ascend910_93", "A3")):
         if device_name.startswith(start):
             return series

@@ -1,4 +1,4 @@
-"""Dispatch by an all-gather of fixed size: every rank's tokens, ids and weights to every rank, none of it read by a host.
+"""Dispatch by an all-gather of fixed size: every rank's tokens, ids and weights to every rank; no host reads them.
 
 The gathered path of Ascend: rows are quantised before they leave, `npu_moe_init_routing_v2` picks those of this rank's
 experts, `npu_moe_token_unpermute` sums, a reduce-scatter brings one row a token home. Wins over the dispatch operators
@@ -72,7 +72,9 @@ class GatheredDispatcher:
         """See `TokenDispatcher`. A handle saves nothing here: no counts are exchanged."""
         refuse_grad(x_TD, weights_TK)
         if x_TD.shape[0] > self.max_tokens:
-            raise ValueError(f"tokens of this rank ({x_TD.shape[0]}) must be at most {self.max_tokens}. Raise max_tokens.")
+            raise ValueError(
+                f"tokens of this rank ({x_TD.shape[0]}) must be at most {self.max_tokens}. Raise max_tokens."
+            )
         quantised = self.codec.dispatch == "int8"
         sent, scales_T1 = quantize_rows.encode(x_TD, "int8") if quantised else (x_TD, None)
         x_ND, ids_NK, weights_NK = self._all(sent), self._all(ids_TK, -1), self._all(weights_TK.float())

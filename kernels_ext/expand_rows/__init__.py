@@ -1,4 +1,4 @@
-"""Rows of all ranks to the experts of one: `expand` copies each token to the rows of its experts here, sorted by expert,
+"""Rows of all ranks to the experts of one: `expand` copies each token to the rows of its experts here, by expert, and
 `reduce` sums these rows back, weighted. Sizes follow from shapes alone, so the host never waits. No gradient.
 
 Letters: N tokens, K routes a token, D width, R = N * K rows, e experts here, E experts.
@@ -49,7 +49,13 @@ REDUCE: Op[_Reduce] = Op("expand_rows.reduce", (npu_impl, reference))
 
 
 def expand(
-    x_ND: Tensor, scales_N: Tensor | None, ids_NK: Tensor, experts: tuple[int, int], num_experts: int, *, impl: str = "auto"
+    x_ND: Tensor,
+    scales_N: Tensor | None,
+    ids_NK: Tensor,
+    experts: tuple[int, int],
+    num_experts: int,
+    *,
+    impl: str = "auto",
 ) -> Expanded:
     """Rows of the tokens that go to the experts from `experts[0]` to before `experts[1]`.
 

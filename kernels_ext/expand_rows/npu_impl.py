@@ -1,8 +1,8 @@
 """Expanding and reducing rows by Ascend's npu_moe_init_routing_v2 and npu_moe_token_unpermute; inference.
 
 The first sorts, copies and counts in one pass; the second gathers, multiplies and sums, deterministically. Its places
-must be all different, so routes without a row get the places that are left. The calls are checked against the operators'
-schemas and, emulated, against the reference; no NPU has run them.
+must be all different, so routes without a row get the places that are left. Checked against the operators' schemas
+and, emulated, against the reference; no NPU has run them.
 Letters: N tokens, K routes a token, D width, R = N * K rows, e experts here, E experts.
 """
 

@@ -1,6 +1,6 @@
 """The choice of experts by Ascend's npu_moe_gating_top_k, in one pass over the logits; inference.
 
-The operator renormalises sigmoid weights always and softmax weights never; top-k before softmax is softmax renormalised.
+The operator renormalises sigmoid weights always, softmax weights never; top-k before softmax is softmax renormalised.
 The call is checked against the operator's schema and, emulated, against the reference; no NPU has run it.
 Letters: T tokens, E experts, K chosen ones.
 """

@@ -35,7 +35,12 @@ def swiglu_quant(gate_up_RF: Tensor, kind: str = "int8", *, impl: str = "auto") 
     """
     if kind not in FORMATS:
         raise ValueError(f"kind ({kind!r}) must be one of {', '.join(FORMATS)}. Name one of them.")
-    if gate_up_RF.dim() != 2 or not gate_up_RF.is_floating_point() or gate_up_RF.shape[1] % 2 or not gate_up_RF.shape[1]:
+    if (
+        gate_up_RF.dim() != 2
+        or not gate_up_RF.is_floating_point()
+        or gate_up_RF.shape[1] % 2
+        or not gate_up_RF.shape[1]
+    ):
         raise ValueError(
             f"gate_up ({gate_up_RF.dtype}, {tuple(gate_up_RF.shape)}) must be floating point [R, F], F even. "
             "Put gate and up side by side."

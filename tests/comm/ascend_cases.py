@@ -1,4 +1,4 @@
-"""What dispatch and combine over Ascend's operators must give: experts that multiply by powers of two, so that nothing is
+"""What dispatch and combine over Ascend's operators must give: experts multiply by powers of two, so that nothing is
 rounded on the way.
 
 Legend: T tokens of a rank, K routes a token, D width, R rows that arrive, E experts, e experts of this rank.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ascend_cases import apply_experts, expected_rows, oracle
 from moeweave.comm.codec import Codec, decode_rows, encode_rows
 from moeweave.comm.dispatchers.ascend import AscendDispatcher, fill_routes, make_ascend
 from moeweave.comm.dispatchers.ascend_limits import (
@@ -26,7 +27,6 @@ from moeweave.comm.dispatchers.ascend_limits import (
 )
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.tolerance import assert_close, sqnr
-from ascend_cases import apply_experts, expected_rows, oracle
 from npu_emulator import NpuEmulator
 from plain_moe import Case, ids_of, tokens_of, weights_of
 from run_ranks import run_ranks

@@ -146,7 +146,8 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(
-    "way, kind", [("alltoall", "int8"), ("alltoall", "fp8"), ("allgather", "int8"), ("ascend", "int8"), ("gathered", "int8")]
+    "way, kind",
+    [("alltoall", "int8"), ("alltoall", "fp8"), ("allgather", "int8"), ("ascend", "int8"), ("gathered", "int8")],
 )
 def test_quantised_experts_are_close_to_the_experts(way: str, kind: str) -> None:
     # Noise of one coding, six times: rows and weights in gate and in up, then codes and weights in down.
@@ -166,5 +167,3 @@ def test_experts_that_cannot_be_quantised_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=f"must be packed gated SiLU experts to be quantised: {rule}"):
             quantize_experts(experts)
-
-

@@ -76,7 +76,10 @@ def test_each_plane_is_an_hccl_group_of_its_own() -> None:
 
 
 def test_push_is_refused_where_the_machine_has_no_such_plane() -> None:
-    for name, devices, text in (("Ascend910B2", 1, r"servers \(2\) must be 1"), ("Ascend310", 8, "must be an Ascend910B")):
+    for name, devices, text in (
+        ("Ascend910B2", 1, r"servers \(2\) must be 1"),
+        ("Ascend310", 8, "must be an Ascend910B"),
+    ):
         npu = SimpleNamespace(device_count=lambda devices=devices: devices, get_device_name=lambda name=name: name)
         with patch.object(torch, "get_device_module", lambda device: npu), pytest.raises(ValueError, match=text):  # noqa: B023
             new_plane_group("push", [0, 1], "npu")

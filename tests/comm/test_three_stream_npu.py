@@ -1,4 +1,4 @@
-"""The three-stream schedule as NPUs run it: over emulated operators of Ascend, and on streams that stand in for NPU's, which
+"""The three-stream schedule as NPUs run it: over emulated operators of Ascend, and on stand-ins for NPU streams, which
 tell who ran where and after what.
 
 Legend: T tokens of a rank, K routes a token, D width, F hidden columns of an expert, W ranks.
@@ -85,7 +85,7 @@ class Npu:
     def __init__(self, log: list[tuple[str, str]]) -> None:
         self.log, self.made = log, 0
 
-    def Stream(self, device: Any) -> Any:  # noqa: N802  (as torch.npu has it)
+    def Stream(self, device: Any) -> Any:
         self.made += 1
         name = ("push", "dma")[self.made - 1]
         return SimpleNamespace(

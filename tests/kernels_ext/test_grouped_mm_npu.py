@@ -24,7 +24,9 @@ def test_equals_the_reference(dtype: torch.dtype, ends: list[int]) -> None:
     with an_npu():
         got, want = (each.forward(rows_RD, weight_EDF, offsets_e)[:last] for each in (npu_impl, reference))
         assert_close("forward", got, want)
-        got, want = (each.forward(grad_RF, weight_EDF.transpose(1, 2), offsets_e)[:last] for each in (npu_impl, reference))
+        got, want = (
+            each.forward(grad_RF, weight_EDF.transpose(1, 2), offsets_e)[:last] for each in (npu_impl, reference)
+        )
         assert_close("gradient of the rows", got, want)
         got, want = (each.weight_grad(rows_RD, grad_RF, offsets_e) for each in (npu_impl, reference))
         assert_close("gradient of the weight", got, want)

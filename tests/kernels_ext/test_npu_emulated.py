@@ -38,7 +38,9 @@ def test_other_codes_are_not_the_operators(kind: str) -> None:
     codes_RD, scales_RG = quantize_rows.encode(torch.randn(4, 128), kind)
     weight, scales_EF = scaled_grouped_mm.quantize_weight(torch.randn(1, 128, 8), "fp8")
     with an_npu() as operators:
-        scaled_grouped_mm.scaled_grouped_mm(codes_RD, scales_RG, weight, scales_EF, torch.tensor([4], dtype=torch.int32))
+        scaled_grouped_mm.scaled_grouped_mm(
+            codes_RD, scales_RG, weight, scales_EF, torch.tensor([4], dtype=torch.int32)
+        )
         swiglu_quant.swiglu_quant(torch.randn(4, 256), kind)
         quantize_rows.encode(torch.randn(4, 128).to(BF16), kind)
     assert "npu_dequant_swiglu_quant" not in operators.names and "npu_dynamic_quant" not in operators.names

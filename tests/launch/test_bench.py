@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from moeweave.launch.bench import collectives, report, routed, shapes
+from moeweave.launch.bench import ascend, collectives, report, routed, shapes
 from moeweave.launch.bench.case import Case, Work
 from moeweave.launch.bench.measure import Times, figures
-from moeweave.launch.bench.program import bench, main
+from moeweave.launch.bench.program import bench, check, main
 from moeweave.launch.schema import BenchConfig, ConfigError
 from programs import fresh, run
 from run_ranks import run_ranks
 
 COLLECTIVES = list(collectives.FACTORS)
-OURS = [name for name in routed.BACKENDS if name != "torchtitan"]
+OURS = [name for name in routed.BACKENDS if name not in ("torchtitan", *ascend.NAMES)]
 SMALL = dict(device="cpu", iterations=2, warmup=1, min_size=96, max_size=960, factor=10)
 MOE = dict(tokens=37, hidden=24, experts=8, topk=3, expert_hidden=16)
 
@@ -273,3 +273,23 @@ def test_a_line_that_was_wrong_has_no_time_in_the_table() -> None:
     report.relate([line])
     text = report.table([line], dict(device_name="cpu", ranks=2, versions={"torch": "2"}))
     assert "# Out of bounds values : 3 FAILED" in text
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        (dict(op="all_reduce", backend="hccl"), "backend=hccl: it is for NPUs, and the device is cpu"),
+        (dict(op="dispatch", backend="ascend"), "backend=ascend: it is for NPUs, and the device is cpu"),
+        (dict(op="moe_layer", backend=["alltoall", "ascend_gathered"]), "backend=ascend_gathered: it is for NPUs"),
+    ],
+)
+def test_backends_of_npus_say_so(values, text):
+    with pytest.raises(ConfigError, match=text):
+        check(BenchConfig(**{**SMALL, **values}), 2)
+
+
+def test_backends_of_npus_have_no_backward():
+    config = BenchConfig(**{**SMALL, "op": "moe_layer_backward", "device": "npu"})
+    with pytest.raises(ConfigError, match="backend=ascend: its operators have no gradient"):
+        ascend.check("moe_layer_backward", config, ["ascend"])
+    ascend.check("moe_layer", config, ["ascend", "alltoall"])

@@ -124,7 +124,7 @@ def test_options_of_ascend_are_written_by_their_fields() -> None:
     plan = Plan(ascend=dict(series="A2", max_tokens=64))
     assert plan.ascend == AscendOptions("A2", 64)
     assert Plan.from_dict(dataclasses.asdict(plan)) == plan
-    with pytest.raises(ValueError, match="ascend.tokens is unknown. Use one of series, max_tokens, path"):
+    with pytest.raises(ValueError, match=r"ascend\.tokens is unknown\. Use one of series, max_tokens, path"):
         Plan(ascend=dict(tokens=3))
     with pytest.raises(ValueError, match=r"path \('mc2'\) must be one of operators, gathered"):
         Plan(ascend=dict(path="mc2"))
