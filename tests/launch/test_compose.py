@@ -36,7 +36,7 @@ def test_every_option_of_every_group_composes():
         for option in options:
             if group == "launcher":
                 _, launcher = submit_schema.load(compose.values(SubmitConfig, "submit", [f"launcher={option}"]))
-                assert launcher.kind == option.partition("_")[0]  # slurm_atlas_a2 is slurm with other defaults
+                assert launcher.kind == option.partition("_")[0]  # slurm_a2 is slurm with other defaults
             else:
                 assert isinstance(load(f"{group}={option}"), TrainConfig)
     assert isinstance(compose.load(VerifyConfig, "verify", []), VerifyConfig)

@@ -84,7 +84,7 @@ def test_what_a_preset_sets_is_in_the_resolved_config(name):
 @pytest.mark.parametrize("node, ranks, nodes", [("a2", 8, 2), ("a3", 16, 1)])
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
 def test_atlas_nodes_are_asked_for_by_their_devices(kind, node, ranks, nodes, tmp_path, capsys):
-    arguments = [f"experiment=qwen3_30b_atlas_{node}_16", f"launcher={kind}_atlas_{node}", "show=true"]
+    arguments = [f"experiment=qwen3_30b_{node}_16", f"launcher={kind}_{node}", "show=true"]
     where = [f"run.root={tmp_path}"] + (["container=ascend"] if kind == "kubernetes" else [])
     assert submit.main([*arguments, *where]) == 0
     shown = capsys.readouterr().out
