@@ -74,6 +74,8 @@ class Footprint:
         stages = [[self.layers[i] for i in share] for share in shares]
         stages[0].insert(0, self.before)
         stages[-1].append(self.after)
+        if self.tied and pp > 1:  # the head's own copy of the embeddings
+            stages[-1].append(Unit(split=self.before.split, whole=self.before.whole))
         return stages
 
     @property

@@ -168,7 +168,7 @@ def _max_stages(model: nn.Module, found: Footprint) -> int:
         layer_list(model, find_moe_blocks(model))
     except UnsupportedModel:
         return 1
-    return 1 if found.tied else len(found.layers)
+    return len(found.layers)
 
 
 def _meshes(

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 CORE = ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "glm4_moe", "qwen2_moe"]
@@ -400,3 +401,9 @@ def make_batch(name: str, rank: int, rows: int = 2, length: int = 16) -> dict[st
 
 
 ZOO: dict[str, Callable[[], Any]] = {name: partial(build, name) for name in _installed()}
+
+
+def needs(name: str) -> None:
+    """Skip the calling test where the installed transformers has no such architecture."""
+    if name not in ZOO:
+        pytest.skip(f"transformers {importlib.metadata.version('transformers')} has no {name}")

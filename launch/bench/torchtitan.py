@@ -40,7 +40,7 @@ class MinimalAsyncEP:
         self.library: Any = importlib.import_module(PACKAGE)
         self.size, self.num_experts = group.size(), shape.experts
         local = shape.experts // self.size
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         if device.type != "cpu":
             device = torch.device(device.type, torch.accelerator.current_device_index())
         self.library.init_buffer(group, shape.hidden, shape.tokens, local, shape.topk, dtype, device)

@@ -41,6 +41,7 @@ def parity(name: str, sizes: dict[str, int], plan: dict[str, Any]) -> ParityRepo
 def test_every_gradient_and_the_norm_are_those_of_one_process(
     name: str, sizes: dict[str, int], plan: dict[str, Any]
 ) -> None:
+    hf_zoo.needs(name)
     for report in run_ranks(4, parity, name, sizes, plan):
         assert report.worst <= 1e-5, (report.worst_name, report.worst)
         assert report.loss_error <= 1e-6

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.distributed.tensor import DTensor
 
 import hf_zoo
@@ -54,6 +56,15 @@ def ranks_of(sizes: Sizes) -> int:
     for axis, size in sizes.items():
         product *= 1 if axis in ("ep", "etp") else size
     return product
+
+
+@pytest.fixture(autouse=True)
+def _ring_has_masks(request: pytest.FixtureRequest) -> None:
+    """Ring asks transformers for masks by q_length and q_offset, which 5.0 does not make."""
+    asked = repr(getattr(request.node, "callspec", None) and request.node.callspec.params) + request.node.name
+    rings = "ring" in asked or request.node.name in ("test_micro_batches", "test_logits_without_and_with_labels")
+    if rings and Version(metadata.version("transformers")) < Version("5.9"):
+        pytest.skip("ring needs transformers 5.9 for its masks")
 
 
 def shown(case: tuple[Sizes, Fields]) -> str:
@@ -380,6 +391,7 @@ def refuse(name: str, sizes: Sizes, plan: Fields, length: int) -> str:
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_name(name: str, sizes: Sizes, plan: Fields, text: str) -> None:
+    hf_zoo.needs(name)
     for message in run_ranks(ranks_of(sizes), refuse, name, sizes, plan, 16):
         assert text in message
 

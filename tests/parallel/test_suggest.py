@@ -49,8 +49,14 @@ def test_too_little_memory_names_the_leanest_mesh():
         suggest("mixtral", 8, memory=10 * GIB)
 
 
-def test_tied_models_get_no_stages():
-    assert all(each.sizes.pp == 1 for each in suggest("mixtral", 16, overrides={"tie_word_embeddings": True}, limit=99))
+@pytest.mark.transformers("5.1", "5.0 leaves the tied weights of a model on meta untied")
+def test_a_tied_head_is_counted_once_a_stage_that_has_it():
+    model = build_model("mixtral", {"tie_word_embeddings": True}, size="given", device="meta")
+    found = footprint(model, find_moe_blocks(model), top_k_of(model))
+    held = [sum(unit.split + unit.whole + unit.experts for unit in stage) for stage in found.stages(2)]
+    table = model.get_input_embeddings().weight.numel()
+    assert len(found.stages(1)[0]) == len(found.layers) + 2
+    assert sum(held) == sum(param.numel() for param in model.parameters()) + table
 
 
 @pytest.mark.parametrize("num_experts, top_k, ep", [(256, 8, 4), (8, 2, 4), (64, 6, 8), (16, 16, 4), (4, 1, 4)])
