@@ -65,9 +65,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     """
     plan = plan or Plan()
     _refuse_wrapped(model)
-    check_zero(model, plan, mesh.sizes)
-    if plan.zero_stage is not None and base_model(model) is not model:
-        raise ValueError(f"Plan.data ({plan.data!r}) takes no adapters ({type(model).__name__}). Use data='fsdp2'.")
+    _refuse_with_zero(model, mesh, plan)
     blocks = find_moe_blocks(model)
     if mesh.sizes.ep > 1 and not blocks:
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
@@ -189,6 +187,12 @@ def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
             f"Plan.aux ({plan.aux!r}) must be 'global' where ranks share sequences: sp ({mesh.sizes.sp}), tp_sequence "
             f"({plan.tp_sequence})."
         )
+
+
+def _refuse_with_zero(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
+    check_zero(model, plan, mesh.sizes)
+    if plan.zero_stage is not None and base_model(model) is not model:
+        raise ValueError(f"Plan.data ({plan.data!r}) takes no adapters ({type(model).__name__}). Use data='fsdp2'.")
 
 
 def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> None:
