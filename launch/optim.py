@@ -33,11 +33,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the model's parameters, those of one dimension (norms, biases) without weight decay."""
+    """AdamW over the model's parameters, those of one dimension (norms, biases) without weight decay; prepared for the
+    plan's engine."""
     groups = [
         {"params": params, "weight_decay": config.weight_decay if decays else 0.0}
         for group in mw.param_groups(model)
         for decays in (True, False)
         if (params := [param for param in group["params"] if (param.dim() > 1) == decays])
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    return mw.prepare_optimizer(model, adamw)

@@ -12,6 +12,7 @@ from moeweave.comm.topology import Topology
 from moeweave.launch import data, env
 from moeweave.launch.schema import ConfigError, DataConfig, MeshConfig, ModelConfig
 from moeweave.parallel.adapter import find_moe_blocks
+from moeweave.parallel.data_deepspeed_config import check_accumulation, check_zero
 from moeweave.parallel.expert import check_codec_width
 from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.hf.build import build_model
@@ -27,6 +28,7 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     parsed = Plan.from_dict(plan)
     _check_topology(plan.get("topology"))
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
+    check_zero(built, Plan.from_dict(plan), mesh.sizes())
     blocks = find_moe_blocks(built)
     if mesh.ep > 1 and not blocks:
         raise ConfigError(f"mesh.ep={mesh.ep}: {type(built).__name__} has no experts to share out. Set mesh.ep=1.")
@@ -52,7 +54,8 @@ def _check_topology(path: str | None) -> None:
 
 
 def check_microbatches(count: int, mesh: MeshConfig, plan: dict[str, Any]) -> None:
-    """Raises ValueError when the pipeline's schedule cannot run that many micro-batches."""
+    """Raises ValueError when the pipeline's schedule, or the user's ds_config, cannot run that many micro-batches."""
+    check_accumulation(Plan.from_dict(plan), count)
     if mesh.pp > 1:
         Layout(Plan.from_dict(plan).schedule, mesh.pp).check_microbatches(count)
 

@@ -25,6 +25,7 @@ from moeweave.parallel.loss import forward_backward, global_tokens
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.prepare_optimizer import prepare_optimizer
 from moeweave.parallel.recompute import replay_routing
 from moeweave.parallel.record import expert_load, update_router_bias
 from moeweave.parallel.suggest import Hardware, Suggestion, suggest
@@ -53,6 +54,7 @@ __all__ = [
     "no_sync",
     "parallelize",
     "param_groups",
+    "prepare_optimizer",
     "register_moe",
     "replay_routing",
     "save",

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moeweave.parallel import optimizer_state as optim
 from moeweave.parallel.agreement import CheckpointError, everyones, rank, together
+from moeweave.parallel.checkpoint_engine import check_given, check_saved, whole, zero_of
 from moeweave.parallel.checkpoint_files import (
     INDEX,
     MANIFEST,
@@ -99,16 +100,22 @@ def save(
     with together():
         if keep_last is not None and keep_last < 1:
             raise CheckpointError(f"keep_last ({keep_last}) must be at least 1, or None to keep all.")
-        state = {f"model/{name}": tensor for name, tensor in named_state(model).items()}
+        check_given(model, optimizer)
         own: dict[str, Tensor] = {}
         packed = pack({"extra": extra, "rng": rng_state()}, own, f"rank{rank()}", "the checkpoint's state")
         described = None
-        if optimizer is not None:
+        if optimizer is not None and zero_of(model) is None:
             optimizer_state = optim.optimizer_state(model, optimizer)
-            state |= optimizer_state.tensors
+            own |= optimizer_state.tensors
             described = optimizer_state.described()
-    staged = stage(folder)
-    _write_tensors(staged, state | own)
+    with whole(model):
+        with together():
+            state = {f"model/{name}": tensor for name, tensor in named_state(model).items()}
+        staged = stage(folder)
+        _write_tensors(staged, state | own)
+    if optimizer is not None and zero_of(model) is not None:
+        described = zero_of(model).describe()
+        zero_of(model).save(staged)
     manifest = _gather_manifest(staged, step, packed, described)
     with together():
         if rank() == 0:
@@ -146,7 +153,8 @@ def load(
     if everyones(folder.is_dir() and not (folder / MANIFEST).exists() and is_weights_folder(folder))[0]:
         if optimizer is not None:
             raise CheckpointError(f"{folder} is a Hugging Face folder and has no optimizer state. Pass optimizer=None.")
-        load_weights(folder, model, _device(model))
+        with whole(model, write=True):
+            load_weights(folder, model, _device(model))
         return LoadedState(0, None, 0, False)
     with together():
         checkpoint = open_checkpoint(folder)
@@ -156,11 +164,34 @@ def load(
                     check_checksum(checkpoint, name)
     with together():
         entries = stored_tensors(folder)
-        not_mine = _check_model(model, entries, folder)
         saved = checkpoint.manifest["optimizer"]
-        not_in_optimizer = set() if optimizer is None else optim.check_optimizer(model, optimizer, saved)
+        check_given(model, optimizer)
+        if optimizer is not None:
+            check_saved(model, saved)
+    by_engine = zero_of(model) if optimizer is not None else None
+    plain = optimizer if by_engine is None else None
+    with whole(model), together():
+        not_mine = _check_model(model, entries, folder)
+        not_in_optimizer = set() if plain is None else optim.check_optimizer(model, plain, saved)
     _check_nothing_left(folder, "model", not_mine)
     _check_nothing_left(folder, "optimizer", not_in_optimizer)
+    with whole(model, write=True):
+        mine, own, moments = _read(checkpoint, model, plain, entries)
+    if by_engine is not None:
+        by_engine.load(folder)
+    with together():
+        if plain is not None:
+            optim.restore_optimizer(model, plain, saved, moments)
+        return _resume(checkpoint, unpack(mine, own))
+
+
+def _read(
+    checkpoint: CheckpointFolder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    entries: dict[str, TensorStorageMetadata],
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Fill the model's tensors. Returns this rank's packed values, their tensors, and the optimizer's state."""
     with together():
         if on_meta(model):
             inner = unwrap(model)
@@ -171,11 +202,8 @@ def load(
         own = {
             name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in tensor_names(mine)
         }
-    _read_tensors(folder, tensors | moments | own)
-    with together():
-        if optimizer is not None:
-            optim.restore_optimizer(model, optimizer, saved, moments)
-        return _resume(checkpoint, unpack(mine, own))
+    _read_tensors(checkpoint.path, tensors | moments | own)
+    return mine, own, moments
 
 
 def latest(folder: str | Path) -> Path | None:

@@ -46,8 +46,10 @@ def splits_tokens(mesh: Mesh) -> bool:
 
 def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, sync: GradSync) -> None:
     """Shard or replicate `model`, in place. Experts of split tokens (ep, tp, etp) go over their own copies only."""
+    if plan.zero_stage is not None:
+        return  # DeepSpeed's engine takes the parameters in `prepare_optimizer`.
     sharded = [block for block in blocks if splits_tokens(mesh)]
-    own = {id(param): param for block in sharded for param in _own_params(block)}
+    own = {id(param): param for block in sharded for param in expert_params(block)}
     # Parameters inside an experts module that all experts share (a norm after them): dense, but each rank's gradient
     # covers the rows of its own experts only, so it is summed over data ranks apart from the enclosing group.
     shared = [p for block in sharded for p in block.experts.parameters() if id(p) not in own]
@@ -80,7 +82,7 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
     fully_shard(model, **options)
 
 
-def _own_params(block: MoEBlock) -> list[nn.Parameter]:
+def expert_params(block: MoEBlock) -> list[nn.Parameter]:
     """Parameters that belong to single experts."""
     if block.kind == "modulelist":
         return list(expert_list(block).parameters())

@@ -17,7 +17,7 @@ from moeweave.parallel.record import Record, record_of
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Scale all gradients so that their global norm is at most `max_norm`.
 
-    Collective: every rank calls it.
+    Collective: every rank calls it. With a ZeRO engine the gradients are scaled in its next step, by the same norm.
 
     Args:
         model: from `parallelize`, after backward.
@@ -29,6 +29,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     if not max_norm > 0:
         raise ValueError(f"max_norm ({max_norm}) must be positive. Use float('inf') to measure without clipping.")
     record = record_of(model)
+    if record.plan.zero_stage is not None:
+        return _clip_by_engine(record, max_norm, norm_type)
     named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
     copies = copied_names(model)
     counted = [(grad, _is_rank_local(name, record)) for name, grad in named if name not in copies]
@@ -37,6 +39,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     for _, grad in named:
         local = grad.to_local() if isinstance(grad, DTensor) else grad
         local.mul_(scale.to(local.device, local.dtype))
+    return norm
+
+
+def _clip_by_engine(record: Record, max_norm: float, norm_type: float) -> Tensor:
+    if norm_type != 2.0:
+        raise ValueError(
+            f"norm_type ({norm_type}) must be 2 with Plan(data={record.plan.data!r}): DeepSpeed clips by it."
+        )
+    if record.zero is None:
+        raise RuntimeError("the model has no engine yet: call mw.prepare_optimizer(model, optimizer) first.")
+    norm: Tensor = record.zero.clip(max_norm)
     return norm
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeweave.parallel.aux_loss import global_aux_loss, sum_over_ranks, sums_over_ranks
+from moeweave.parallel.data_deepspeed_config import check_accumulation
 from moeweave.parallel.microbatch import agree_on_lanes, run_passes
 from moeweave.parallel.record import Record, record_of
 from moeweave.parallel.span import Span, current_span
@@ -98,6 +99,7 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
     lanes = agree_on_lanes(batch, microbatches, record)
     microbatches *= lanes
     parts = split(batch, microbatches)
+    runner = _runner(model, record, microbatches)
     extra: dict[str, Any] = {}
     summed = record.takes_num_items and batch.get("num_items_in_batch") is not None
     if microbatches > 1 and record.takes_num_items and not summed:
@@ -110,9 +112,9 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
         layer.aux_share = 1.0 / microbatches
     labels = batch.get("labels")
     step = _whole_step.set((labels, microbatches) if isinstance(labels, Tensor) and microbatches > 1 else None)
-    passes = [functools.partial(_part_of_loss, model, {**part, **extra}, share) for part in parts]
+    passes = [functools.partial(_part_of_loss, runner, {**part, **extra}, share) for part in parts]
     try:
-        total = run_passes(model, passes, lanes, record)
+        total = run_passes(model, passes, lanes, record) if record.zero is None else record.zero.run(passes)
     finally:
         _whole_step.reset(step)
         record.num_items = None
@@ -128,6 +130,20 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
 def _part_of_loss(model: nn.Module, part: dict[str, Any], share: float) -> Tensor:
     with split_logits():
         return loss_of(model(**part)) * share
+
+
+def _runner(model: nn.Module, record: Record, microbatches: int) -> nn.Module:
+    """What runs the model's forward: itself, or the engine that has it."""
+    if record.plan.zero_stage is None:
+        return model
+    if record.zero is None:
+        raise RuntimeError(
+            f"Plan(data={record.plan.data!r}) trains with DeepSpeed's engine. Make it first: "
+            "optimizer = mw.prepare_optimizer(model, optimizer)."
+        )
+    check_accumulation(record.plan, microbatches)
+    engine: nn.Module = record.zero.engine
+    return engine
 
 
 def loss_of(output: Any) -> Tensor:

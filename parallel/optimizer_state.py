@@ -48,6 +48,8 @@ class OptimizerState:
 
 def merged(descriptions: list[dict[str, Any]]) -> dict[str, Any]:
     """What several ranks described, as one: they may hold other parameters."""
+    if "engine" in descriptions[0]:
+        return descriptions[0]
     options: dict[str, str] = {}
     values: dict[str, dict[str, Any]] = {}
     for one in descriptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
+from moeweave.parallel.data_deepspeed_config import check_zero
 from moeweave.parallel.expert import ExpertCall, check_codec_width, install_expert_call, shard_experts
 from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.generate import install_lockstep
@@ -63,6 +65,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     """
     plan = plan or Plan()
     _refuse_wrapped(model)
+    _refuse_with_zero(model, mesh, plan)
     blocks = find_moe_blocks(model)
     if mesh.sizes.ep > 1 and not blocks:
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
@@ -186,6 +189,12 @@ def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
         )
 
 
+def _refuse_with_zero(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
+    check_zero(model, plan, mesh.sizes)
+    if plan.zero_stage is not None and base_model(model) is not model:
+        raise ValueError(f"Plan.data ({plan.data!r}) takes no adapters ({type(model).__name__}). Use data='fsdp2'.")
+
+
 def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> None:
     etp = mesh.sizes.etp
     if etp == 1:
@@ -204,6 +213,8 @@ def _wrap_block(
     model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan, return_group: dist.ProcessGroup | None
 ) -> ExpertCall:
     shard_experts(block, mesh)
+    if plan.zero_stage is not None:
+        plan = replace(plan, dtype=None)  # DeepSpeed converts the parameters themselves.
     parent = model.get_submodule(block.block_path)
     call = install_expert_call(block, top_k_of(model), mesh, plan, parent, return_group)
     install_deltas(model, block, call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from moeweave.parallel.keywords import names_nearest, unknown_keyword
 from moeweave.parallel.schedules import SCHEDULES
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "data": ("fsdp2", "ddp"),
+    "data": ("fsdp2", "ddp", "zero0", "zero1", "zero2", "zero3"),
     "aux": ("global", "rank"),
     "dtype": (None, "float32", "bfloat16"),
     "drop": ("probability", "position"),
@@ -37,7 +38,9 @@ class Plan:
 
     Attributes:
         data: engine of the data axes. "fsdp2" shards dense parameters over dp (and replicates over dp_replicate, HSDP);
-            "ddp" keeps a full copy on every rank and all-reduces gradients.
+            "ddp" keeps a full copy on every rank and all-reduces gradients; "zero0" to "zero3" are DeepSpeed's stages.
+        ds_config: DeepSpeed's own config for a ZeRO engine, as a path or a mapping; what contradicts plan or mesh is
+            refused, the rest is filled in.
         dispatcher: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each
             other), "ascend" (inference on NPUs), or "auto" (from top-k, ep and whether ranks share memory, logged
             once).
@@ -100,6 +103,7 @@ class Plan:
     push_share: float = 0.25
     max_tokens: int | None = None
     grad_sync: str = "last"
+    ds_config: str | Path | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -119,11 +123,20 @@ class Plan:
         if self.overlap == "three_stream":
             form, share = self.three_stream_form, self.push_share
             ThreeStreamOptions(form, share, self.combine or "exact", max_tokens=self.max_tokens)
+        if self.data == "zero0" and self.dtype == "bfloat16":
+            raise ValueError("Plan.dtype ('bfloat16') needs masters in float32, which data='zero0' lacks. Use 'zero1'.")
+        if self.ds_config is not None and self.zero_stage is None:
+            raise ValueError(f"Plan.ds_config needs data='zero0' to 'zero3'; data is {self.data!r}.")
         validate_choice(self.dispatcher, self.combine)
         object.__setattr__(self, "codec", Codec.parse(self.codec))
         object.__setattr__(self, "ascend", AscendOptions.parse(self.ascend))
         if self.dispatcher == "ascend":
             check_codec(Codec.parse(self.codec))
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's ZeRO stage, None with another engine."""
+        return int(self.data.removeprefix("zero")) if self.data.startswith("zero") else None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

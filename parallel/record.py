@@ -36,6 +36,7 @@ class Record:
     pipeline: the `Pipeline` that runs the model's stages, under pp.
     grad_sync: reduces the gradients that neither FSDP nor DDP reduces.
     aux_checked: the model's aux loss was seen to follow the formula.
+    zero: the `Zero` that drives DeepSpeed's engine, once `prepare_optimizer` has made it.
     """
 
     mesh: Mesh
@@ -55,6 +56,7 @@ class Record:
     sequence: Any = None
     pipeline: Any = None
     grad_sync: GradSync = field(default_factory=GradSync)
+    zero: Any = None
 
     @property
     def routing_group(self) -> dist.ProcessGroup:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
 from moeweave.parallel.aux_loss import balances
-from moeweave.parallel.grad_norm import clip_grad_norm_
+from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
 from moeweave.parallel.hf.boxes import whole_tensor
 from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of, split
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.names import named_params
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.prepare_optimizer import prepare_optimizer
+from moeweave.parallel.record import record_of
 
 Batch = dict[str, Any]
 
@@ -96,6 +98,8 @@ def gradient_parity(
         model.train()
         if prepare is not None:
             prepare(model)
+    if plan.zero_stage is not None:
+        prepare_optimizer(wrapped, torch.optim.SGD(param_groups(wrapped), lr=0.0))
     count = microbatches or (1 if mesh.sizes.pp == 1 else 2 * mesh.sizes.pp)
     batches = [concatenate([make_batch(rank)], mesh.device) for rank in range(mesh.data_size)]
     reference_loss = _reference_step(reference, batches, count, mesh)
@@ -106,9 +110,9 @@ def gradient_parity(
     local: dict[str, float] = {}
     for name, param in named_params(wrapped).items():
         want = wanted[name]
-        if param.grad is None and want is None:
+        got = _whole_gradient(wrapped, param)
+        if got is None and want is None:
             continue
-        got = None if param.grad is None else whole_tensor(param.grad)
         local[name] = _error(got, want)
     errors = _agree(local)
     missing = {name for name, grad in wanted.items() if grad is not None} - set(errors)
@@ -124,6 +128,15 @@ def gradient_parity(
         norm_error=_difference(norm, reference_norm),
         tolerance=TOLERANCE[dtype],
     )
+
+
+def _whole_gradient(model: nn.Module, param: nn.Parameter) -> Tensor | None:
+    """The gradient of the whole parameter, from whichever engine has it. A collective."""
+    zero = record_of(model).zero
+    if zero is not None:
+        grad: Tensor | None = zero.gradient(param)
+        return grad
+    return None if param.grad is None else whole_tensor(param.grad)
 
 
 def _reference_step(model: nn.Module, batches: list[Batch], count: int, mesh: Mesh) -> Tensor:

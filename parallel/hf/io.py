@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moeweave.parallel.agreement import CheckpointError, rank, together
+from moeweave.parallel.checkpoint_engine import whole
 from moeweave.parallel.hf.build import load_config
 from moeweave.parallel.hf.conversion import (
     blueprint,
@@ -107,6 +108,11 @@ def save_pretrained(model: nn.Module, path: str | Path, *, max_shard_size: int |
     model, folder = unwrap(model), Path(path)
     if has_adapters(model):
         return _save_adapters(model, folder)
+    with whole(model):
+        return _save(model, folder, max_shard_size)
+
+
+def _save(model: Any, folder: Path, max_shard_size: int | str) -> Path:
     with together():
         max_bytes = _size_in_bytes(max_shard_size)
         twin = blueprint(model) if is_hugging_face(model) else None

@@ -22,12 +22,17 @@ def lines_of_code(source: str) -> int:
     return sum(1 for line in source.splitlines() if line.strip() and not line.lstrip().startswith(("#", '"""')))
 
 
-def run_script(tmp_path: Path, argument: str) -> list[float]:
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", "2")
+
+
+def run_script(tmp_path: Path, argument: str, launcher: tuple[str, ...] = TORCHRUN, plan: str = "") -> list[float]:
     """The losses that the script prints on two ranks."""
     for name in ("train.py", "plain_model.py"):
-        (tmp_path / name).write_text(block(name))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = fresh([*torchrun, "train.py", argument], cwd=tmp_path, timeout=350, CUDA_VISIBLE_DEVICES="")
+        source = block(name)
+        assert name != "train.py" or "mw.Plan()" in source
+        (tmp_path / name).write_text(source.replace("mw.Plan()", f"mw.Plan({plan})"))
+    done = fresh([*launcher, "train.py", argument], cwd=tmp_path, timeout=350, CUDA_VISIBLE_DEVICES="")
     assert (done.code, done.left) == (0, ()), done.err
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.out)]
     assert len(losses) == 20, done.out
@@ -40,17 +45,36 @@ def test_the_script_has_about_twenty_lines():
     assert 15 <= lines_of_code(block("train.py")) <= 22
 
 
-@pytest.mark.timeout(400)
-def test_on_a_hugging_face_folder(tmp_path):
+def make_folder(tmp_path: Path) -> str:
     import torch
 
     from moeweave.parallel.hf.build import build_model
 
     torch.manual_seed(0)
     build_model("qwen3_moe").save_pretrained(tmp_path / "folder")
-    run_script(tmp_path, "folder")
+    return "folder"
+
+
+@pytest.mark.timeout(400)
+def test_on_a_hugging_face_folder(tmp_path):
+    run_script(tmp_path, make_folder(tmp_path))
 
 
 @pytest.mark.timeout(400)
 def test_on_a_plain_model(tmp_path):
     run_script(tmp_path, "plain_model.py")
+
+
+@pytest.mark.timeout(400)
+def test_with_deepspeed_under_its_launcher(tmp_path):
+    pytest.importorskip("deepspeed")
+    run_script(tmp_path, "plain_model.py", DEEPSPEED, "data='zero2'")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(800)
+def test_with_deepspeed_under_torchrun_and_its_launcher(tmp_path):
+    pytest.importorskip("deepspeed")
+    folder = make_folder(tmp_path)
+    torchrun = run_script(tmp_path, folder, TORCHRUN, "data='zero3'")
+    assert run_script(tmp_path, folder, DEEPSPEED, "data='zero3'") == torchrun

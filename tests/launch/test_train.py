@@ -248,6 +248,26 @@ def test_ctrl_c_ends_a_run(tmp_path):
     assert done.err == "moeweave-train: error: stopped by SIGINT\n"
 
 
+# ---- with DeepSpeed
+
+
+@pytest.mark.slow
+def test_a_run_with_zero_resumes_bit_by_bit_and_is_proven(tmp_path):
+    pytest.importorskip("deepspeed")
+    zero = [*TINY, "plan.data=zero2", "plan.ds_config.zero_optimization.overlap_comm=false", "microbatches=2"]
+    whole = run("train", *zero, "steps=4", "run.dir=whole", cwd=tmp_path)
+    assert (whole.code, whole.left) == (0, ()), whole.err
+    assert "proof   passed" in whole.out
+    for steps in (2, 4):
+        part = run("train", *zero, f"steps={steps}", "run.dir=parts", "proof=false", cwd=tmp_path)
+        assert (part.code, part.left) == (0, ()), part.err
+    # The schedule of the learning rate depends on the number of steps, its warm-up does not.
+    assert losses(tmp_path / "parts")[:3] == losses(tmp_path / "whole")[:3]
+    refused = run("train", *zero, "steps=4", "run.dir=none", "mesh.dp_replicate=2", "batch_size=8", cwd=tmp_path)
+    assert refused.code == 2
+    assert "dp_replicate (2) must be 1 with Plan(data='zero2')" in refused.err
+
+
 # ---- under torchrun, and from a fresh interpreter
 
 

@@ -17,6 +17,7 @@ from programs import run
         ["model=gpt_oss", "mesh.dp=4", "mesh.ep=2"],
         ["model=olmoe", "mesh.dp=2", "mesh.dp_replicate=2", "plan.dispatcher=alltoall", "plan.recompute=true"],
         ["model=qwen2_moe", "plan.data=ddp"],
+        ["model=mixtral", "mesh.dp=2", "mesh.ep=2", "plan.data=zero3"],
     ],
     ids=str,
 )

@@ -76,7 +76,7 @@ def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
 @pytest.mark.parametrize(
     "values, text",
     [
-        (dict(data="fsdp"), "Plan.data ('fsdp') must be one of 'fsdp2', 'ddp'."),
+        (dict(data="fsdp"), "Plan.data ('fsdp') must be one of 'fsdp2', 'ddp', 'zero0'"),
         (dict(aux="local"), "Plan.aux ('local') must be one of 'global', 'rank'."),
         (dict(dtype="bf16"), "Plan.dtype ('bf16') must be one of None, 'float32', 'bfloat16'."),
         (dict(dtype=torch.bfloat16), "Plan.dtype (torch.bfloat16) must be one of"),

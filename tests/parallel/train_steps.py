@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor
 
 import hf_zoo
 import plain_models
+from moeweave.parallel.checkpoint_engine import whole as gathered
 from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
 from moeweave.parallel.loss import forward_backward, loss_of
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.prepare_optimizer import prepare_optimizer
 from moeweave.parallel.verify import concatenate
 
 
@@ -115,7 +117,7 @@ def train(steps: Steps) -> Trained:
     start = {name: param.detach().clone() for name, param in build().named_parameters()}
     reference, wrapped = build(), parallelize(build(), mesh, Plan(**steps.plan))
     plain_sgd = torch.optim.SGD(reference.parameters(), lr=0.1)
-    sgd = torch.optim.SGD(param_groups(wrapped, lr=0.1))
+    sgd = prepare_optimizer(wrapped, torch.optim.SGD(param_groups(wrapped, lr=0.1)))
     losses: tuple[list[float], ...] = ([], [])
     norms: tuple[list[float], ...] = ([], [])
     for step in range(steps.num_steps):
@@ -130,9 +132,11 @@ def train(steps: Steps) -> Trained:
             optimizer.step()
             optimizer.zero_grad()
     errors = {}
-    for name, param in wrapped.named_parameters():
+    with gathered(wrapped):
+        state = {name: whole(tensor.detach()) for name, tensor in wrapped.state_dict().items()}
+    for name, _ in wrapped.named_parameters():
         want = reference.get_parameter(name).detach()
-        errors[name] = error_of_update(whole(param.detach()), want, start[name], steps.num_steps)
+        errors[name] = error_of_update(state[name], want, start[name], steps.num_steps)
     moved = sum(bool((reference.get_parameter(name) != start[name]).any()) for name in start)
     worst_name = max(errors, key=lambda name: errors[name])
     return Trained(
