@@ -96,31 +96,31 @@ class NodeEngine:
         splits = torch.stack([sends_M, self.across.swap(sends_M.unsqueeze(1)).squeeze(1)])
         about_TB = torch.cat([_bytes(ids_TK.to(torch.int32)), _bytes(weights_TK.detach())], dim=1)
         about = self._go(about_TB.index_select(0, token_S), splits)
-        rows = self._go(to_words(x_TD.detach(), wire).index_select(0, token_S), splits)
-        like, weights_dtype, top_k = Like(x_TD.shape[1], x_TD.dtype, wire), weights_TK.dtype, ids_TK.shape[1]
+        rows = self._send(x_TD, token_S, splits, wire)
+        weights_dtype, top_k = weights_TK.dtype, ids_TK.shape[1]
 
         def finish() -> Arrived:
             about_SB = about.wait()
             ids_SK = self._ids_inside(about_SB[:, : 4 * top_k].view(torch.int32).long(), splits[1], num_experts)
             weights_SK = about_SB[:, 4 * top_k :].contiguous().view(weights_dtype)
-            x_SD = decoded(_bytes(rows.wait()), like)
-            posted = self.inside.dispatch(x_SD, ids_SK, weights_SK, num_experts, self._room(wire))
-            rows_RD, weights_R, ends, inside = posted.wait()
-            offsets_e = ends[self.nodes.num_nodes - 1 :: self.nodes.num_nodes].contiguous()
-            return Arrived(rows_RD, weights_R, offsets_e, NodeMoves(token_S, home_S, home_ends_T, splits, inside))
+            # While the rows are on the network, their layout inside the node is made with rows of one number.
+            thin_S1 = weights_SK.new_zeros(ids_SK.shape[0], 1, dtype=torch.float32)
+            thin = self.inside.dispatch(thin_S1, ids_SK, weights_SK, num_experts, self._room(wire)).wait()
+            offsets_e = thin.offsets_e[self.nodes.num_nodes - 1 :: self.nodes.num_nodes].contiguous()
+            moves = NodeMoves(token_S, home_S, home_ends_T, splits, thin.moves)
+            rows_RD, weights_R = self.inside.resend(rows.wait(), weights_SK, thin.moves, self._room(wire)).wait()
+            return Arrived(rows_RD, weights_R, offsets_e, moves)
 
         return Pending(finish)
 
     @torch.no_grad()
     def resend(self, x_TD: Tensor, weights_TK: Tensor, moves: NodeMoves, wire: Wire) -> Pending[tuple[Tensor, Tensor]]:
         weights = self._go(weights_TK.detach().index_select(0, moves.token_S), moves.splits)
-        rows = self._go(to_words(x_TD.detach(), wire).index_select(0, moves.token_S), moves.splits)
-        like = Like(x_TD.shape[1], x_TD.dtype, wire)
+        rows = self._send(x_TD, moves.token_S, moves.splits, wire)
 
         def finish() -> tuple[Tensor, Tensor]:
             weights_SK = weights.wait()
-            x_SD = decoded(_bytes(rows.wait()), like)
-            return self.inside.resend(x_SD, weights_SK, moves.inside, self._room(wire)).wait()
+            return self.inside.resend(rows.wait(), weights_SK, moves.inside, self._room(wire)).wait()
 
         return Pending(finish)
 
@@ -157,6 +157,27 @@ class NodeEngine:
             # A route lies on one node: the others' zeros change nothing.
             out_TN = torch.empty(num_tokens, back_SN.shape[1], dtype=back_SN.dtype)
             return sum_rows(back_SN, moves.home_S, moves.home_ends_T, out_SD=out_TN).view(num_tokens, top_k, width)
+
+        return Pending(finish)
+
+    def _send(self, x_TD: Tensor, token_S: Tensor, splits: Tensor, wire: Wire) -> Pending[Tensor]:
+        """Rows [T, D] to the nodes that need them -> x_SD of all nodes, decoded; this node's own while others travel."""
+        like, node = Like(x_TD.shape[1], x_TD.dtype, wire), self.across.rank
+        words_SB = to_words(x_TD.detach(), wire).index_select(0, token_S)
+        rows = self._go(words_SB, splits)
+        if wire.format == "none":
+            return Pending(lambda: decoded(_bytes(rows.wait()), like))
+        sent, taken = splits.tolist()
+        own = slice(sum(taken[:node]), sum(taken[: node + 1]))
+        x_SD = x_TD.new_empty(sum(taken), like.width)
+        first = sum(sent[:node])
+        x_SD[own] = decoded(_bytes(words_SB[first : first + sent[node]]), like)
+
+        def finish() -> Tensor:
+            arrived_SB = _bytes(rows.wait())
+            for part in (slice(own.start), slice(own.stop, None)):
+                x_SD[part] = decoded(arrived_SB[part], like)
+            return x_SD
 
         return Pending(finish)
 

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         "lines": [{name: line.get(name) for name in KEPT} for line in lines if line["op"] != "peak"],
     }
     for line in found["lines"]:
-        print(f"{line['backend']:>20} {line['median'] / 1e3:8.1f} ms {line['network_bytes'] or 0:>12} bytes between nodes")
+        print(f"{line['backend']:>20} {line['median'] / 1e3:8.1f} ms (least {line['min'] / 1e3:.1f}) {line['network_bytes'] or 0:>12} bytes between nodes")
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {RESULTS}")
     return int(any(line["wrong"] for line in found["lines"]))
