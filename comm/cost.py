@@ -1,9 +1,9 @@
 """What a dispatch costs in closed form: rows and bytes that leave a rank, and the time that they take.
 
 Routing is uniform: each token picks K distinct experts of E. A token then needs an expert of a part of n experts with
-chance 1 - C(E - n, K) / C(E, K), whatever the other parts. Times are those of the slowest of three things that a
-dispatch does one after the other: messages that are started, bytes that cross a node's network link, and bytes that are
-copied inside a node. The model knows no congestion and no skew.
+chance 1 - C(E - n, K) / C(E, K), whatever the other parts. A time is the sum of what a
+dispatch does one after the other: messages to other nodes are started, bytes cross a node's network link, bytes are
+copied inside a node. The model knows no congestion, no skew and no overlap of the three.
 
 Legend: T tokens a rank, D width, K routes a token, E experts, W ranks, M nodes, L ranks of a node.
 """
@@ -102,8 +102,9 @@ def dispatch_rows(dispatcher: str, sizes: Tokens, nodes: Nodes) -> tuple[float, 
     W = M * L
     if dispatcher == "alltoall":
         a_rank = sizes.tokens * sizes.top_k / W
-    elif dispatcher == "allgather":
-        a_rank = float(sizes.tokens)
+    elif dispatcher == "allgather":  # around a ring, which leaves each node once
+        crossing = sizes.tokens * (W - 1) / L * (M > 1)
+        return crossing, sizes.tokens * (W - 1) - crossing
     else:
         a_rank = sizes.tokens * needed_parts(sizes.experts, sizes.top_k, W) / W
     if dispatcher != "hierarchical":
@@ -122,8 +123,8 @@ def dispatch_cost(dispatcher: str, sizes: Tokens, nodes: Nodes, links: Links) ->
     local = inside * (sizes.plain_bytes if hierarchical else sizes.row_bytes)
     # Every route's row is written once more where it ends, by expert.
     copied = local + sizes.tokens * sizes.top_k * sizes.plain_bytes
-    L = nodes.ranks_per_node
+    M, L = nodes.num_nodes, nodes.ranks_per_node
     rounds = (dispatcher != "onesided") + 1  # what to expect, then the rows
-    peers = nodes.num_nodes - 1 if hierarchical else nodes.num_nodes * L - L
-    seconds = links.latency * rounds * peers + network * L / links.network + copied * L / links.local
+    peers = M if dispatcher in ("hierarchical", "allgather") else M * L
+    seconds = links.latency * rounds * (peers - peers // M) + network * L / links.network + copied * L / links.local
     return Cost(network, local, seconds)

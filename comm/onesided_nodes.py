@@ -77,7 +77,8 @@ class NodeEngine:
 
     @staticmethod
     def moves(tensors: list[Tensor]) -> NodeMoves:
-        return NodeMoves(*tensors[:4], Moves(*tensors[4:]))
+        token_S, home_S, home_ends_T, splits, *inside = tensors
+        return NodeMoves(token_S, home_S, home_ends_T, splits, Moves(*inside))
 
     def fake_moves(self, ids_TK: Tensor, new_size: Callable[[], Any]) -> list[Tensor]:
         num_sent, num_taken, (num_tokens, top_k) = new_size(), new_size(), ids_TK.shape
@@ -139,7 +140,9 @@ class NodeEngine:
             sent = sums_SD.to(dtype) if wire.format == "none" else sums_SD
             words = self._go(to_words(sent, wire), moves.splits.flip(0)).wait()
             back_SD = decoded(_bytes(words), Like(width, sent.dtype, wire))
-            return sum_rows(back_SD, moves.home_S, moves.home_ends_T, out_SD=torch.empty(num_tokens, width, dtype=dtype))
+            return sum_rows(
+                back_SD, moves.home_S, moves.home_ends_T, out_SD=torch.empty(num_tokens, width, dtype=dtype)
+            )
 
         return Pending(finish)
 
@@ -161,7 +164,7 @@ class NodeEngine:
         return Pending(finish)
 
     def _send(self, x_TD: Tensor, token_S: Tensor, splits: Tensor, wire: Wire) -> Pending[Tensor]:
-        """Rows [T, D] to the nodes that need them -> x_SD of all nodes, decoded; this node's own while others travel."""
+        """Rows [T, D] to the nodes that need them -> x_SD of all nodes; this node's own decoded meanwhile."""
         like, node = Like(x_TD.shape[1], x_TD.dtype, wire), self.across.rank
         words_SB = to_words(x_TD.detach(), wire).index_select(0, token_S)
         rows = self._go(words_SB, splits)

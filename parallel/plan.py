@@ -39,8 +39,8 @@ class Plan:
         data: engine of the data axes. "fsdp2" shards dense parameters over dp (and replicates over dp_replicate, HSDP);
             "ddp" keeps a full copy on every rank and all-reduces gradients.
         dispatcher: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each
-            other), "ascend" (inference on NPUs), or "auto" (from top-k, ep and whether ranks share memory, logged
-            once).
+            other), "hierarchical" (CPU ranks of several hosts), "ascend" (inference on NPUs), or "auto" (from top-k,
+            ep, hosts and whether ranks share memory, logged once).
         ascend: options of dispatcher="ascend", a mapping of its fields (series, max_tokens, path) or an
             `AscendOptions`, which it is afterwards.
         topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.

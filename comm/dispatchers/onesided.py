@@ -24,7 +24,6 @@ from moeweave.comm.dispatch import Dispatched
 from moeweave.comm.engines import engine_named, engine_of
 from moeweave.comm.layout import Layout
 from moeweave.comm.onesided import Engine, Moves
-from moeweave.comm.onesided_nodes import NodeMoves
 from moeweave.comm.onesided_combine import (
     backward_rows,
     backward_sums,
@@ -33,6 +32,7 @@ from moeweave.comm.onesided_combine import (
     save_rows,
     save_sums,
 )
+from moeweave.comm.onesided_nodes import NodeMoves
 from moeweave.comm.onesided_ops import Settings, backward_dispatch, onesided_dispatch, onesided_resend, save_dispatch
 from moeweave.comm.pending import Pending
 from moeweave.comm.transfer import sum_routes
@@ -143,7 +143,8 @@ class OneSidedDispatcher:
     def _layout(self, ids_TK: Tensor, offsets_e: Tensor, moves: AnyMoves) -> Layout:
         inside = moves.inside if isinstance(moves, NodeMoves) else moves
         order_N, sent, received, perm_R = inside.order_N, inside.splits[0], inside.splits[1], inside.perm_R
-        return Layout(order_N, sent, received, perm_R, offsets_e, *ids_TK.shape, self._dispatch.engine, slots=moves)
+        (num_tokens, top_k), engine = ids_TK.shape, self._dispatch.engine
+        return Layout(order_N, sent, received, perm_R, offsets_e, num_tokens, top_k, engine, slots=moves)
 
 
 def moves_of(layout: Layout) -> AnyMoves:

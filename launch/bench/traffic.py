@@ -23,8 +23,8 @@ class Rows(NamedTuple):
 def count(ids_TK: Tensor, rank: int, num_local: int, nodes: Nodes) -> dict[str, Rows]:
     """By the unit that crosses:
 
-    routed: a row a route. paired: a row a token and rank. gathered: every token to every rank. by_node: a row a token
-    and node between nodes, from there one a token and rank.
+    routed: a row a route. paired: a row a token and rank. gathered: every token to every rank, around a ring.
+    by_node: a row a token and node between nodes, from there one a token and rank.
     """
     size, length = nodes.num_nodes * nodes.ranks_per_node, nodes.ranks_per_node
     num_tokens = ids_TK.shape[0]
@@ -38,7 +38,8 @@ def count(ids_TK: Tensor, rank: int, num_local: int, nodes: Nodes) -> dict[str, 
         sent_W = sent_W.cpu()
         return Rows(int(sent_W[~here].sum()), int(sent_W[here].sum() - sent_W[rank]))
 
-    gathered = Rows(num_tokens * (size - length), num_tokens * (length - 1))
+    last = nodes.num_nodes > 1 and rank % length == length - 1  # the ring leaves a node from its last rank
+    gathered = Rows(num_tokens * (size - 1) * last, num_tokens * (size - 1) * (not last))
     needed_M = paired_TW.view(num_tokens, nodes.num_nodes, length).amax(2).sum(0).cpu()
     # On each node the rank in this one's place writes to the others.
     elsewhere = torch.arange(size) % length != rank % length

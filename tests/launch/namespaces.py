@@ -119,8 +119,8 @@ def two_networks() -> Iterator[tuple[str, str]]:
 def shape(names: Sequence[str], rate: str) -> None:
     """Limits what each of the namespaces sends over the link, as in `tc`: "200mbit"."""
     for name in names:
-        # A queue of 400 ms and a burst of several segments as the kernel hands them on: nothing is lost to the limit.
-        limit = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+        # A burst of several segments as the kernel hands them on, and a queue of 50 ms, as switches have.
+        limit = ("tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
         _run("tc", "-n", name, "qdisc", "replace", "dev", "eth0", "root", *limit)
 
 

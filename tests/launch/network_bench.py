@@ -36,7 +36,9 @@ ARGUMENTS = [
 KEPT = ("op", "backend", "label", "dtype", "ranks", "median", "min", "p95", "wire_bytes", "network_bytes", "wrong")
 
 
-def measure(arguments: list[str], rate: str | None = RATE, ranks_per_node: int = RANKS_PER_NODE) -> list[dict[str, Any]]:
+def measure(
+    arguments: list[str], rate: str | None = RATE, ranks_per_node: int = RANKS_PER_NODE
+) -> list[dict[str, Any]]:
     """The lines of a moeweave-bench over two namespaces; RuntimeError with both nodes' output where one failed."""
     with tempfile.TemporaryDirectory() as folder, two_networks() as names:
         if rate is not None:
@@ -45,6 +47,14 @@ def measure(arguments: list[str], rate: str | None = RATE, ranks_per_node: int =
         texts = [node.communicate(timeout=1500)[0] for node in nodes]
         if any(node.returncode for node in nodes):
             raise RuntimeError("\n".join(texts))
+        return [json.loads(line) for line in (Path(folder) / "bench.jsonl").read_text().splitlines()]
+
+
+def _alone(arguments: list[str]) -> list[dict[str, Any]]:
+    """The same shape over memory alone, all ranks on one node: what copies cost on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "moeweave.launch.bench", *arguments, f"out={folder}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
         return [json.loads(line) for line in (Path(folder) / "bench.jsonl").read_text().splitlines()]
 
 
@@ -62,15 +72,17 @@ def main(arguments: list[str]) -> int:
         print(f"skipped: {reason}")
         return 0
     lines = measure([*ARGUMENTS, *arguments])
+    alone = _alone([*ARGUMENTS, *arguments, "backend=onesided", "codec=none", f"ranks={2 * RANKS_PER_NODE}"])
     found = {
         "link": RATE,
         "nodes": 2,
         "ranks_per_node": RANKS_PER_NODE,
         "context": lines[0]["context"],
-        "lines": [{name: line.get(name) for name in KEPT} for line in lines if line["op"] != "peak"],
+        "lines": [{name: line.get(name) for name in KEPT} for line in [*lines, *alone] if line["op"] != "peak"],
     }
     for line in found["lines"]:
-        print(f"{line['backend']:>20} {line['median'] / 1e3:8.1f} ms (least {line['min'] / 1e3:.1f}) {line['network_bytes'] or 0:>12} bytes between nodes")
+        times = f"{line['median'] / 1e3:8.1f} ms (least {line['min'] / 1e3:.1f})"
+        print(f"{line['backend']:>20} {times} {line['network_bytes'] or 0:>12} bytes between nodes")
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {RESULTS}")
     return int(any(line["wrong"] for line in found["lines"]))
