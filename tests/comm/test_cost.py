@@ -65,8 +65,15 @@ def tokens_of(found: dict, form: str = "none") -> Tokens:
     return Tokens(**{name: config[field] for name, field in names.items()}, format=form)
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather", "hierarchical"])
-@pytest.mark.parametrize("form", ["none", "fp8"])
+CHECKED = [
+    ("alltoall", "none"),
+    ("alltoall", "fp8"),
+    ("allgather", "none"),
+    *(("hierarchical", f) for f in ("none", "fp8")),
+]
+
+
+@pytest.mark.parametrize("dispatcher, form", CHECKED)
 def test_times_are_those_over_a_shaped_link(dispatcher: str, form: str) -> None:
     found = json.loads(MEASURED.read_text())
     name = dispatcher if form == "none" else f"{dispatcher} {form}"
