@@ -15,6 +15,7 @@ Legend: T tokens here, K routes a token, N = T * K routes, R rows here, E expert
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from moeweave.comm.communicator import Communicator
 from moeweave.comm.onesided import Moves
 from moeweave.comm.onesided_cuda import CudaMoves
 
+if TYPE_CHECKING:  # which sorts routes by what is here
+    from moeweave.comm.onesided_nodes import NodeMoves
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -30,6 +34,7 @@ class Layout:
 
     Attributes:
         order_N: int64, this rank's routes sorted by expert; the first `send_splits.sum()` are routed, the rest are not.
+            Of an exchange by nodes this and the next three are those inside the node.
         send_splits, recv_splits: int64 [W] on the host, rows sent to and received from each rank.
         perm_R: int64, `rows_RD[r]` is row `perm_R[r]` in arrival order.
         offsets_e: int32 on the device, exclusive ends of the experts' rows in `rows_RD`.
@@ -51,7 +56,7 @@ class Layout:
     group: str
     route_R: Tensor | None = None
     max_tokens: Tensor | None = None
-    slots: Moves | CudaMoves | None = None
+    slots: Moves | NodeMoves | CudaMoves | None = None
     num_rows: int = 0
 
     @classmethod

@@ -12,7 +12,8 @@ Legend: T tokens here, K routes a token, N = T * K, D width, W ranks, R rows her
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -56,6 +57,11 @@ class Moves(NamedTuple):
     splits: Tensor
     most_tokens: Tensor
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What operators carry."""
+        return list(self)
+
 
 class Splits(NamedTuple):
     """`Moves.splits` by name, for each rank: routes sent and received, slots sent and received, and where, in that
@@ -75,33 +81,43 @@ class Splits(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """What a dispatch brought."""
+    """What a dispatch brought; `moves` are those of its engine."""
 
     rows_RD: Tensor
     weights_R: Tensor
     offsets_e: Tensor
-    moves: Moves
+    moves: Any
 
 
 class Engine(Protocol):
-    """The four exchanges over one kind of memory. Results are never window memory."""
+    """The four exchanges over one kind of memory. Results are never window memory.
+
+    Each engine has moves of its own kind, with `tensors` and `perm_R`: `Moves`, or `onesided_nodes.NodeMoves`.
+    """
 
     size: int
+
+    @staticmethod
+    def moves(tensors: list[Tensor]) -> Any:
+        """The moves that these are the `tensors` of."""
+
+    def fake_moves(self, ids_TK: Tensor, new_size: Callable[[], Any]) -> list[Tensor]:
+        """Tensors of the shapes and dtypes of a dispatch's moves; `new_size` makes a size that the routing decides."""
 
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, wire: Wire
     ) -> Pending[Arrived]:
         """Tokens to the ranks of their experts, in expert-major order."""
 
-    def resend(self, x_TD: Tensor, weights_TK: Tensor, moves: Moves, wire: Wire) -> Pending[tuple[Tensor, Tensor]]:
+    def resend(self, x_TD: Tensor, weights_TK: Tensor, moves: Any, wire: Wire) -> Pending[tuple[Tensor, Tensor]]:
         """Rows_RD and weights_R of other tokens with the same routes."""
 
     def return_sums(
-        self, rows_RD: Tensor, weights_R: Tensor | None, moves: Moves, num_tokens: int, top_k: int, wire: Wire
+        self, rows_RD: Tensor, weights_R: Tensor | None, moves: Any, num_tokens: int, top_k: int, wire: Wire
     ) -> Pending[Tensor]:
         """y_TD, summed on the experts' ranks, then over ranks; `None` weights are ones."""
 
-    def return_rows(self, rows_RD: Tensor, moves: Moves, num_tokens: int, top_k: int, wire: Wire) -> Pending[Tensor]:
+    def return_rows(self, rows_RD: Tensor, moves: Any, num_tokens: int, top_k: int, wire: Wire) -> Pending[Tensor]:
         """[T, K, D], zeros where not routed."""
 
     def close(self) -> None:

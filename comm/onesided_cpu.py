@@ -42,6 +42,17 @@ class CpuEngine:
     def close(self) -> None:
         self.exchange.close()
 
+    @staticmethod
+    def moves(tensors: list[Tensor]) -> Moves:
+        return Moves(*tensors)
+
+    def fake_moves(self, ids_TK: Tensor, new_size: Callable[[], Any]) -> list[Tensor]:
+        num_rows, num_slots, num_sums = new_size(), new_size(), new_size()
+        sizes = (ids_TK.numel(), num_rows, num_slots, num_slots, ids_TK.shape[0] + 1, *[num_rows] * 3, num_sums)
+        integers = [ids_TK.new_empty(size, dtype=torch.int64) for size in sizes]
+        splits = torch.empty(6, self.size, dtype=torch.int64, device="cpu")
+        return [*integers, splits, torch.empty(1, dtype=torch.int64, device="cpu")]
+
     @torch.no_grad()
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, wire: Wire

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moeweave.comm.engines import engine_named
-from moeweave.comm.onesided import Moves, Wire
+from moeweave.comm.onesided import Wire
 from moeweave.comm.transfer import sum_routes
 
 op = torch.library.custom_op
@@ -76,27 +76,19 @@ def onesided_dispatch(
     rows_RD, weights_R, offsets_e, moves = (
         engine_named(engine).dispatch(x_TD, ids_TK, weights_TK, num_experts, wire).wait()
     )
-    return rows_RD, weights_R, offsets_e, list(moves)
+    return rows_RD, weights_R, offsets_e, moves.tensors
 
 
 @onesided_dispatch.register_fake
 def _(x_TD, ids_TK, weights_TK, num_experts, engine, *_settings):  # type: ignore[no-untyped-def]
-    size, context = engine_named(engine).size, torch.library.get_ctx()
-    R, S, sums = context.new_dynamic_size(), context.new_dynamic_size(), context.new_dynamic_size()
-    T, D = x_TD.shape
-
-    def integers(length: int) -> Tensor:
-        return ids_TK.new_empty(length, dtype=torch.int64)
-
+    made = engine_named(engine)
+    tensors = made.fake_moves(ids_TK, torch.library.get_ctx().new_dynamic_size)
+    num_rows = made.moves(tensors).perm_R.shape[0]
     return (
-        x_TD.new_empty(R, D),
-        weights_TK.new_empty(R),
-        ids_TK.new_empty(num_experts // size, dtype=torch.int32),
-        [
-            *map(integers, (ids_TK.numel(), R, S, S, T + 1, R, R, R, sums)),
-            torch.empty(6, size, dtype=torch.int64, device="cpu"),
-            torch.empty(1, dtype=torch.int64, device="cpu"),
-        ],
+        x_TD.new_empty(num_rows, x_TD.shape[1]),
+        weights_TK.new_empty(num_rows),
+        ids_TK.new_empty(num_experts // made.size, dtype=torch.int32),
+        tensors,
     )
 
 
@@ -141,23 +133,25 @@ def onesided_resend(
     scale: str,
 ) -> tuple[Tensor, Tensor]:
     """Other tokens with the same routes -> rows_RD, weights_R."""
-    return engine_named(engine).resend(x_TD, weights_TK, Moves(*moves), Wire(format, scale, max_tokens)).wait()
+    made = engine_named(engine)
+    return made.resend(x_TD, weights_TK, made.moves(moves), Wire(format, scale, max_tokens)).wait()
 
 
 @onesided_resend.register_fake
-def _(x_TD, weights_TK, moves, *_settings):  # type: ignore[no-untyped-def]
-    num_rows = Moves(*moves).perm_R.shape[0]
+def _(x_TD, weights_TK, moves, engine, *_settings):  # type: ignore[no-untyped-def]
+    num_rows = engine_named(engine).moves(moves).perm_R.shape[0]
     return x_TD.new_empty(num_rows, x_TD.shape[1]), weights_TK.new_empty(num_rows)
 
 
 def _setup_resend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x_TD, weights_TK, moves, *settings = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.num_moves = len(moves)
     save_dispatch(ctx, x_TD, weights_TK.shape[1], moves, Settings(*settings))
 
 
 def _backward_resend(ctx: Any, grad_RD: Tensor, _: Any) -> tuple[Any, ...]:
-    return (backward_dispatch(ctx, grad_RD), None, [None] * len(Moves._fields), *[None] * 6)
+    return (backward_dispatch(ctx, grad_RD), None, [None] * ctx.num_moves, *[None] * 6)
 
 
 onesided_resend.register_autograd(_backward_resend, setup_context=_setup_resend)
@@ -179,7 +173,8 @@ def onesided_return_sums(
 ) -> Tensor:
     """rows_RD -> [T, D], summed on the experts' ranks and then over ranks; `None` weights are ones."""
     wire = Wire(format, scale, max_tokens)
-    return engine_named(engine).return_sums(rows_RD, weights_R, Moves(*moves), num_tokens, top_k, wire).wait()
+    made = engine_named(engine)
+    return made.return_sums(rows_RD, weights_R, made.moves(moves), num_tokens, top_k, wire).wait()
 
 
 @onesided_return_sums.register_fake
@@ -202,7 +197,8 @@ def onesided_return_rows(
 ) -> Tensor:
     """rows_RD -> [T, K, D] on the tokens' ranks, zeros where not routed."""
     wire = Wire(format, scale, max_tokens)
-    return engine_named(engine).return_rows(rows_RD, Moves(*moves), num_tokens, top_k, wire).wait()
+    made = engine_named(engine)
+    return made.return_rows(rows_RD, made.moves(moves), num_tokens, top_k, wire).wait()
 
 
 @onesided_return_rows.register_fake

@@ -155,17 +155,6 @@ def host_name() -> str:
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
-def same_host(group: dist.ProcessGroup) -> str | None:
-    """None, or why the ranks of `group` cannot share memory. A collective, equal on all ranks."""
-    hosts: list[Any] = [None] * dist.get_world_size(group)
-    try:
-        host: str | None = host_name()
-    except OSError:
-        host = None
-    dist.all_gather_object(hosts, host, group=group)
-    return _why_apart(hosts)
-
-
 def _why_apart(hosts: list[str | None]) -> str | None:
     for rank, host in enumerate(hosts):
         if host is None:
@@ -187,7 +176,7 @@ def _connect(group: dist.ProcessGroup, rank: int, timeout: float) -> dict[int, s
         if reason is not None:
             raise RuntimeError(
                 f"dispatcher ('onesided') needs all ranks of a CPU group on one host: {reason}. "
-                "Use dispatcher='alltoall' or 'allgather'."
+                "Use dispatcher='alltoall', 'allgather' or 'hierarchical'."
             )
         sockets = {}
         for peer in range(rank):

@@ -9,7 +9,6 @@ Legend: D width of a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -140,17 +139,6 @@ def expert_params(block: MoEBlock) -> list[nn.Parameter]:
     """Parameters that belong to single experts of a block."""
     named = block.experts.named_parameters()
     return [param for name, param in named if block.kind == "modulelist" or name in block.params]
-
-
-def remote_ranks(num_experts: int, top_k: int, ep: int) -> float:
-    """Other ranks that a token needs on average under uniform routing: (ep - 1) * P(one of its experts lies there).
-
-    256 experts, top-8, ep 4: 2.71. 8 experts, top-2, ep 4: 1.39.
-    """
-    local = num_experts // max(ep, 1)
-    if ep == 1 or top_k == 0:
-        return 0.0
-    return (ep - 1) * (1 - math.comb(num_experts - local, top_k) / math.comb(num_experts, top_k))
 
 
 def _count(unit: Unit, param: Tensor, block: MoEBlock | None, split: bool, top_k: int) -> None:

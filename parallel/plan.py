@@ -42,8 +42,8 @@ class Plan:
         ds_config: DeepSpeed's own config for a ZeRO engine, as a path or a mapping; what contradicts plan or mesh is
             refused, the rest is filled in.
         dispatcher: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each
-            other), "ascend" (inference on NPUs), or "auto" (from top-k, ep and whether ranks share memory, logged
-            once).
+            other), "hierarchical" (CPU ranks of several hosts), "ascend" (inference on NPUs), or "auto" (from top-k,
+            ep, hosts and whether ranks share memory, logged once).
         ascend: options of dispatcher="ascend", a mapping of its fields (series, max_tokens, path) or an
             `AscendOptions`, which it is afterwards.
         topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
+from moeweave.comm.cost import remote_ranks
 from moeweave.parallel.adapter import UnsupportedModel, find_moe_blocks
-from moeweave.parallel.footprint import Footprint, Unit, footprint, remote_ranks, stage_weights
+from moeweave.parallel.footprint import Footprint, Unit, footprint, stage_weights
 from moeweave.parallel.mesh import MeshSizes
 from moeweave.parallel.parallelize import top_k_of
 from moeweave.parallel.plan import Plan

@@ -23,7 +23,7 @@ from moeweave.comm.coded_rows import check_coded_rows, coded, coded_words
 from moeweave.comm.dispatch import Dispatched
 from moeweave.comm.engines import engine_named, engine_of
 from moeweave.comm.layout import Layout
-from moeweave.comm.onesided import Moves
+from moeweave.comm.onesided import Engine, Moves
 from moeweave.comm.onesided_combine import (
     backward_rows,
     backward_sums,
@@ -32,9 +32,12 @@ from moeweave.comm.onesided_combine import (
     save_rows,
     save_sums,
 )
+from moeweave.comm.onesided_nodes import NodeMoves
 from moeweave.comm.onesided_ops import Settings, backward_dispatch, onesided_dispatch, onesided_resend, save_dispatch
 from moeweave.comm.pending import Pending
 from moeweave.comm.transfer import sum_routes
+
+AnyMoves = Moves | NodeMoves
 
 
 class OneSidedDispatcher:
@@ -47,6 +50,7 @@ class OneSidedDispatcher:
         codec: formats of the rows on the link.
         coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; no gradient.
         max_tokens: tokens that a rank may have at most; windows are sized for them once. None: windows grow.
+        engine: another than the group's own, and its name.
 
     Raises:
         RuntimeError: ranks on several hosts; in any call, a peer that died, is late, or calls something else.
@@ -61,13 +65,14 @@ class OneSidedDispatcher:
         codec: Codec | None = None,
         coded_rows: bool = False,
         max_tokens: int | None = None,
+        engine: tuple[str, Engine] | None = None,
     ) -> None:
         self.codec, self.coded_rows = codec or Codec(), coded_rows
         check_coded_rows(self.codec, coded_rows)
-        name, engine = engine_of(group)
-        self.num_experts = num_experts
+        name, made = engine or engine_of(group)
+        self.num_experts, self._moves = num_experts, made.moves
         # The engine of a group ends with the group; that of a rank alone, with its dispatcher.
-        self._alone = engine if group is None else None
+        self._alone = made if group is None else None
         exact, room = combine == "exact", max_tokens or 0
         self._dispatch = Settings(name, exact, room, *self.codec.for_dispatch)
         self._combine = Settings(name, exact, room, *self.codec.for_combine)
@@ -80,13 +85,13 @@ class OneSidedDispatcher:
             rows_RD, weights_R, offsets_e, moves = onesided_dispatch(
                 sent, ids_TK, weights_TK, self.num_experts, *self._dispatch
             )
-            handle = self._layout(ids_TK, offsets_e, Moves(*moves))
+            handle = self._layout(ids_TK, offsets_e, self._moves(moves))
         else:
-            rows_RD, weights_R = onesided_resend(sent, weights_TK, list(moves_of(handle)), *self._dispatch)
+            rows_RD, weights_R = onesided_resend(sent, weights_TK, moves_of(handle).tensors, *self._dispatch)
         return self._dispatched(rows_RD, weights_R, handle, x_TD.shape[1])
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
-        moves = list(moves_of(dispatched.handle))
+        moves = moves_of(dispatched.handle).tensors
         if self._combine.exact:
             return onesided_combine_rows(rows_RD, weights_TK, moves, *self._combine)[0]
         return onesided_combine_sums(rows_RD, weights_TK, _weights_of(dispatched), moves, *self._combine)
@@ -135,16 +140,16 @@ class OneSidedDispatcher:
             return coded(rows_RD, self.codec, width, layout, weights)
         return Dispatched(rows_RD, None, weights, layout.offsets_e, layout)
 
-    def _layout(self, ids_TK: Tensor, offsets_e: Tensor, moves: Moves) -> Layout:
-        sent, received = moves.splits[0], moves.splits[1]
-        num_tokens, top_k = ids_TK.shape
-        engine = self._dispatch.engine
-        return Layout(moves.order_N, sent, received, moves.perm_R, offsets_e, num_tokens, top_k, engine, slots=moves)
+    def _layout(self, ids_TK: Tensor, offsets_e: Tensor, moves: AnyMoves) -> Layout:
+        inside = moves.inside if isinstance(moves, NodeMoves) else moves
+        order_N, sent, received, perm_R = inside.order_N, inside.splits[0], inside.splits[1], inside.perm_R
+        (num_tokens, top_k), engine = ids_TK.shape, self._dispatch.engine
+        return Layout(order_N, sent, received, perm_R, offsets_e, num_tokens, top_k, engine, slots=moves)
 
 
-def moves_of(layout: Layout) -> Moves:
+def moves_of(layout: Layout) -> AnyMoves:
     """The one-sided part of a layout."""
-    assert isinstance(layout.slots, Moves), "layout of another dispatcher"
+    assert isinstance(layout.slots, Moves | NodeMoves), "layout of another dispatcher"
     return layout.slots
 
 
@@ -157,8 +162,8 @@ class _Arrived(torch.autograd.Function):
     """Joins rows that an asynchronous dispatch brought to the graph of the tokens they came from."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, rows_RD: Tensor, top_k: int, moves: Moves, settings: Settings) -> Tensor:
-        save_dispatch(ctx, x_TD, top_k, list(moves), settings)
+    def forward(ctx: Any, x_TD: Tensor, rows_RD: Tensor, top_k: int, moves: AnyMoves, settings: Settings) -> Tensor:
+        save_dispatch(ctx, x_TD, top_k, moves.tensors, settings)
         return rows_RD
 
     @staticmethod
@@ -171,9 +176,9 @@ class _ReturnedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, routes_TKD: Tensor, moves: Moves, settings: Settings
+        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, routes_TKD: Tensor, moves: AnyMoves, settings: Settings
     ) -> Tensor:
-        save_rows(ctx, rows_RD, weights_TK, routes_TKD, list(moves), settings)
+        save_rows(ctx, rows_RD, weights_TK, routes_TKD, moves.tensors, settings)
         return sum_routes(routes_TKD, weights_TK)
 
     @staticmethod
@@ -191,10 +196,10 @@ class _ReturnedSums(torch.autograd.Function):
         weights_TK: Tensor,
         weights_R: Tensor,
         y_TD: Tensor,
-        moves: Moves,
+        moves: AnyMoves,
         settings: Settings,
     ) -> Tensor:
-        save_sums(ctx, rows_RD, weights_TK, weights_R, list(moves), settings)
+        save_sums(ctx, rows_RD, weights_TK, weights_R, moves.tensors, settings)
         return y_TD
 
     @staticmethod

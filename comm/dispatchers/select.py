@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Hashable, Sequence
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -14,9 +15,11 @@ from moeweave.comm.dispatchers.allgather import AllGatherDispatcher
 from moeweave.comm.dispatchers.alltoall import AllToAllDispatcher
 from moeweave.comm.dispatchers.ascend import make_ascend
 from moeweave.comm.dispatchers.ascend_limits import AscendOptions
+from moeweave.comm.dispatchers.hierarchical import HierarchicalDispatcher
 from moeweave.comm.dispatchers.onesided import OneSidedDispatcher
 from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDispatcher
-from moeweave.comm.engines import shares_memory
+from moeweave.comm.engines import nodes_of, shares_memory
+from moeweave.comm.nodes import Nodes
 from moeweave.comm.topology import Topology
 
 logger = logging.getLogger("moeweave")
@@ -26,6 +29,7 @@ COMBINES: dict[str, tuple[str, ...]] = {
     "alltoall": ("exact",),
     "allgather": ("exact", "prereduced"),
     "onesided": ("prereduced", "exact"),
+    "hierarchical": ("prereduced",),
     "ascend": ("exact",),
 }
 DISPATCHERS = (*COMBINES, "auto")
@@ -44,13 +48,22 @@ def validate_choice(name: str, combine: str | None) -> None:
 
 
 def choose(
-    ep_size: int, top_k: int, combine: str | None, topology: Topology | None = None, *, shared: bool = False
+    ep_size: int,
+    top_k: int,
+    combine: str | None,
+    topology: Topology | None = None,
+    *,
+    shared: bool = False,
+    nodes: Nodes | None = None,
 ) -> tuple[str, str]:
     """-> dispatcher name and the reason. Depends only on arguments that are equal on every rank.
 
     shared: the ranks can write into each other's memory. One-sided writes then beat both collectives (T 1024, D 1024,
     top-8, ep 4 on two CPU cores, fp32: dispatch 5.0 times, combine 2.2 times as fast as the all-to-all,
     `tests/results/onesided_cpu.json`), except for a few tokens, where all three are alike.
+
+    nodes: how the ranks lie on several hosts, where the ranks of each share memory. What crosses the network once a
+    token and node is then less than any collective sends, whatever its speed.
 
     Else bytes decide, over the bandwidths of both collectives where `topology` has them for as many ranks. An
     all-gather sends each token to ep_size - 1 ranks, an all-to-all a row for each remote route, top_k * (ep_size - 1) /
@@ -59,6 +72,9 @@ def choose(
     """
     if shared and ep_size > 1:
         return "onesided", "all ranks share memory: a token goes once to each rank, without an exchange of counts"
+    if nodes is not None and nodes.num_nodes > 1 < nodes.ranks_per_node and combine != "exact":
+        where = f"{nodes.num_nodes} nodes of {nodes.ranks_per_node} ranks"
+        return "hierarchical", f"{where}: a token crosses the network once to each node that needs it"
     if combine == "prereduced":
         return "allgather", "combine='prereduced' is what it offers"
     if ep_size == 1:
@@ -92,13 +108,15 @@ def make_dispatcher(
     max_tokens: int | None = None,
     ascend: AscendOptions | None = None,
     cuda: CudaOptions | None = None,
+    nodes: Sequence[Hashable] | None = None,
 ) -> TokenDispatcher:
     """A dispatcher over `group` (None: this rank alone).
 
     Args:
         name: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each other),
-            "ascend" (inference on NPUs), or "auto", which picks one of the first three (on GPUs, of the first two).
-            Making "onesided" or "auto" is a collective over the group.
+            "hierarchical" (CPU ranks of several hosts), "ascend" (inference on NPUs), or "auto", which picks one of the
+            first four (on GPUs, of the first two). Making "onesided", "hierarchical" or "auto" is a collective over
+            the group.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
         topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.
@@ -110,6 +128,7 @@ def make_dispatcher(
         max_tokens: of any rank, for "onesided": its windows are sized once. None: they grow with the tokens.
         ascend: options of the dispatcher of that name, None for its defaults.
         cuda: options of "onesided" between NVIDIA GPUs, None for its defaults.
+        nodes: the node of each rank, for "hierarchical"; None finds the hosts.
 
     Raises:
         ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU, or with a
@@ -124,7 +143,7 @@ def make_dispatcher(
         )
     if name == "auto":
         measured = None if topology is None else Topology.shared(topology, group)
-        name, reason = choose(size, top_k, combine, measured, shared=shares_memory(group))
+        name, reason = choose(size, top_k, combine, measured, shared=shares_memory(group), nodes=nodes_of(group))
         _log_once(f"dispatcher auto -> {name}: {reason}")
     if name == "allgather":
         return AllGatherDispatcher(
@@ -138,6 +157,10 @@ def make_dispatcher(
             )
         return OneSidedDispatcher(
             group, num_experts, combine, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens
+        )
+    if name == "hierarchical":
+        return HierarchicalDispatcher(
+            group, num_experts, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens, nodes=nodes
         )
     if name == "ascend":
         return make_ascend(group, num_experts, ascend or AscendOptions(), codec=codec, coded_rows=coded_rows)

@@ -37,6 +37,7 @@ class Case:
         factor: bus bandwidth over algorithm bandwidth (nccl-tests, PERFORMANCE.md); 1 for MoE operations.
         logical_bytes: MoE operations: what must leave this rank, each token once to each remote rank that it needs.
         wire_bytes: MoE operations: what this backend sends from this rank to others; None where it does not say.
+        network_bytes: that part of `wire_bytes` which goes to other hosts.
         label: a shape's name, or the pair of ranks.
         graph: whether it can be captured in a CUDA graph, that is, waits nowhere for the host.
         facts: what else goes into the line, asked for once it was timed.
@@ -54,6 +55,7 @@ class Case:
     in_place: bool = False
     logical_bytes: int | None = None
     wire_bytes: int | None = None
+    network_bytes: int | None = None
     label: str = ""
     graph: bool = True
     sides: Callable[[], dict[str, float]] | None = None

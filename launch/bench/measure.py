@@ -57,6 +57,7 @@ def measure(case: Case, config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         wrong=wrong,
         logical_bytes=_total(case.logical_bytes, mesh),
         wire_bytes=_total(case.wire_bytes, mesh),
+        network_bytes=_total(case.network_bytes, mesh),
     )
     if wrong:
         return line

@@ -15,8 +15,8 @@ Line = dict[str, Any]
 KEY = ("op", "backend", "label", "size", "dtype", "in_place", "ranks", "routing", "device", "graph", "flush")
 COLUMNS = (
     "op", "backend", "label", "size", "count", "dtype", "redop", "in_place", "ranks", "graph", "median", "min", "mean",
-    "p95", "p99", "host", "algbw", "busbw", "logical_bytes", "wire_bytes", "of_peak", "ratio", "exposed", "concurrent",
-    "wrong",
+    "p95", "p99", "host", "algbw", "busbw", "logical_bytes", "wire_bytes", "network_bytes", "of_peak", "ratio",
+    "exposed", "concurrent", "wrong",
 )  # fmt: skip
 
 

@@ -22,8 +22,10 @@ from moeweave.comm.codec import EXCHANGES, Codec, decode_rows, encode_rows, wire
 from moeweave.comm.dispatch import Dispatched, TokenDispatcher
 from moeweave.comm.dispatchers.onesided_cuda import CudaOptions
 from moeweave.comm.dispatchers.select import make_dispatcher
+from moeweave.comm.engines import nodes_of
+from moeweave.comm.nodes import Nodes
 from moeweave.kernels_ext.tolerance import TOLERANCE, sqnr
-from moeweave.launch.bench import ascend, coded, torchtitan
+from moeweave.launch.bench import ascend, coded, torchtitan, traffic
 from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.bench.shapes import Shape, check_shape, remote_pairs, route, shape_of
 from moeweave.launch.schema import BenchConfig
@@ -65,6 +67,7 @@ BACKENDS: dict[str, Callable[..., Any]] = {
     "onesided_static_exact": _static("exact"),
     "ascend": ascend.dispatcher_over("operators"),
     "ascend_gathered": ascend.dispatcher_over("gathered"),
+    "hierarchical": _moeweave("hierarchical"),
     "torchtitan": torchtitan.MinimalAsyncEP,
 }
 NEVER_WAITS = ("onesided_static", "onesided_static_exact", "torchtitan", "ascend", "ascend_gathered")
@@ -92,6 +95,7 @@ class Task:
         self.x_TD = self.tokens(mesh.rank)
         self.num_local = self.shape.experts // mesh.world
         self.first = mesh.rank * self.num_local
+        self.nodes = nodes_of(mesh.group("ep")) or Nodes(1, mesh.world)
 
     def tokens(self, rank: int) -> Tensor:
         """x_TD of any rank: small multiples of 1/16, another row for each (rank, token)."""
@@ -141,37 +145,25 @@ class Task:
         return int((~((got.float() - want.float()).abs() <= limit)).sum())
 
     @property
-    def remote_routes(self) -> int:
-        """Routes of this rank's tokens to experts elsewhere."""
-        return int((self.ids_TK // self.num_local != self.mesh.rank).sum())
-
-    @property
     def remote_pairs(self) -> int:
         """Rows that must leave this rank if each token goes once to each rank that needs it."""
         return remote_pairs(self.ids_TK, self.mesh.rank, self.num_local, self.mesh.world)
 
-    def wire_bytes(self, backend: str, op: str) -> int | None:
-        """Bytes of rows that a backend of this library sends from this rank; None for others'."""
-        gathered, routed = (self.mesh.world - 1) * self.shape.tokens, self.remote_routes
-        pairs = self.remote_pairs
-        # Rows of dispatch, combine and their backwards.
-        table = {
-            "alltoall": (routed, routed, routed, routed),
-            "allgather": (gathered, routed, routed, routed),
-            "allgather_prereduced": (gathered, gathered, routed, gathered),
-            "onesided": (pairs, pairs, pairs, pairs),
-            "onesided_exact": (pairs, routed, routed, pairs),
-            "onesided_static": (pairs, pairs, pairs, pairs),
-            "onesided_static_exact": (pairs, routed, routed, pairs),
-            "torchtitan": (routed, routed, routed, routed),
-        }
-        if backend not in table:
+    def sent_bytes(self, backend: str, op: str) -> tuple[int, int] | None:
+        """Bytes of rows that a backend of this library sends from this rank, to all ranks and to other nodes'; None for
+        other backends."""
+        if backend not in traffic.UNITS:
             return None
-        parts = [
-            rows * wire_width(getattr(self.codec, exchange), self.codec.scale, self.shape.hidden, self.dtype)
-            for rows, exchange in zip(table[backend], EXCHANGES, strict=True)
-        ]
-        return sum({"dispatch": parts[:1], "combine": parts[1:2], "moe_layer": parts[:2]}.get(op, parts))
+        rows = traffic.count(self.ids_TK, self.mesh.rank, self.num_local, self.nodes)
+        width, scale = self.shape.hidden, self.codec.scale
+        across, inside = [], []
+        for unit, exchange in zip(traffic.UNITS[backend], EXCHANGES, strict=True):
+            coded_row = wire_width(getattr(self.codec, exchange), scale, width, self.dtype)
+            across.append(rows[unit].across * coded_row)
+            inside.append(rows[unit].inside * (width * self.dtype.itemsize if unit == "by_node" else coded_row))
+        ways = {"dispatch": slice(0, 1), "combine": slice(1, 2), "moe_layer": slice(0, 2)}.get(op, slice(0, 4))
+        network = sum(across[ways])
+        return network + sum(inside[ways]), network
 
 
 def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
@@ -188,6 +180,7 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
                 work = (_dispatch if op == "dispatch" else _combine)(task, dispatcher)
             else:
                 work = _layer(task, dispatcher, op == "moe_layer_backward", config.seed)
+            sent = task.sent_bytes(name, op)
             yield Case(
                 op,
                 name if codec == Codec() else f"{name} {codec}",
@@ -196,7 +189,8 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
                 config.dtype,
                 work,
                 logical_bytes=task.remote_pairs * row * ways,
-                wire_bytes=task.wire_bytes(name, op),
+                wire_bytes=None if sent is None else sent[0],
+                network_bytes=None if sent is None else sent[1],
                 label=config.shape or f"T{shape.tokens} D{shape.hidden} E{shape.experts} K{shape.topk}",
                 graph=name not in WAITS_FOR_HOST,
             )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moeweave.comm.engines import shares_memory
 from moeweave.comm.topology import Topology
 from moeweave.launch import runlog
 from moeweave.launch.bench import collectives
@@ -65,6 +66,8 @@ def places(mesh: Mesh) -> list[Place]:
 
 def is_one_memory(mesh: Mesh) -> bool:
     """Whether every rank can write into every other's memory; a collective."""
+    if mesh.device.type == "cpu":
+        return shares_memory(mesh.token_group)
     where = places(mesh)
     return all(access is not False for row in _access(where, mesh.device.type) for access in row)
 

@@ -39,6 +39,11 @@ class Case:
         return len(self.tokens)
 
 
+def two_nodes(size: int) -> list[int]:
+    """The node that each of `size` ranks of one machine is taken to be on: the first half on 0, the rest on 1."""
+    return [int(rank >= size // 2) for rank in range(size)] if size > 1 else [0]
+
+
 def tokens_of(case: Case, rank: int) -> Tensor:
     """x_TD of a rank."""
     t, d = torch.arange(case.tokens[rank], dtype=torch.float64)[:, None], torch.arange(case.dim, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Both dispatchers against a plain loop over tokens: rows moved bit for bit, numbers and all gradients computed within
+"""Every dispatcher against a plain loop over tokens: rows moved bit for bit, numbers and all gradients computed within
 the table, on 1, 2 and 4 ranks, with uninitialised memory NaN.
 
 Legend: T tokens of a rank, K routes a token, D width, R rows that arrive, E experts, e experts of this rank.
@@ -20,7 +20,7 @@ from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.layout import Layout
 from moeweave.kernels_ext.tolerance import assert_close
 from nan_empty import nan_empty
-from plain_moe import Case, experts_of, ids_of, plain, probe_of, routes_by_row, tokens_of, weights_of
+from plain_moe import Case, experts_of, ids_of, plain, probe_of, routes_by_row, tokens_of, two_nodes, weights_of
 from run_ranks import run_ranks
 
 WAYS = [
@@ -29,6 +29,7 @@ WAYS = [
     ("allgather", "prereduced"),
     ("onesided", "exact"),
     ("onesided", "prereduced"),
+    ("hierarchical", "prereduced"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -66,7 +67,8 @@ def group_of(world: int) -> dist.ProcessGroup | None:
 
 def dispatcher_for(case: Case, way: tuple[str, str]) -> TokenDispatcher:
     name, combine = way
-    return make_dispatcher(name, group_of(case.world), case.num_experts, top_k=case.top_k, combine=combine)
+    nodes = two_nodes(case.world)
+    return make_dispatcher(name, group_of(case.world), case.num_experts, top_k=case.top_k, combine=combine, nodes=nodes)
 
 
 def one_step(
@@ -279,7 +281,7 @@ def in_a_subgroup(way: tuple[str, str]) -> list[Any]:
     rank = dist.get_rank()
     case = Case((3, 7), routing="holes")
     name, combine = way
-    dispatcher = make_dispatcher(name, groups[rank % 2], case.num_experts, combine=combine)
+    dispatcher = make_dispatcher(name, groups[rank % 2], case.num_experts, combine=combine, nodes=two_nodes(2))
     place = rank // 2
     x_TD, ids_TK, weights_TK = tokens_of(case, place) + rank % 2, ids_of(case, place), weights_of(case, place)
     dispatched = dispatcher.dispatch(x_TD, ids_TK, weights_TK)

@@ -22,7 +22,7 @@ from moeweave.kernels_ext.grouped_mm import grouped_mm
 from moeweave.kernels_ext.scaled_grouped_mm import quantize_weight, scaled_grouped_mm
 from moeweave.kernels_ext.tolerance import assert_close, relative_error
 from nan_empty import nan_empty
-from plain_moe import Case, experts_of, ids_of, probe_of, routes_by_row, tokens_of, weights_of
+from plain_moe import Case, experts_of, ids_of, probe_of, routes_by_row, tokens_of, two_nodes, weights_of
 from run_ranks import run_ranks
 
 WAYS = [
@@ -31,6 +31,7 @@ WAYS = [
     ("allgather", "prereduced"),
     ("onesided", "exact"),
     ("onesided", "prereduced"),
+    ("hierarchical", "prereduced"),
 ]
 BF16 = torch.bfloat16
 MIXED = Codec(dispatch="fp8", combine="int8", dispatch_backward="fp8_e5m2", combine_backward="fp8")
@@ -68,7 +69,9 @@ def one_step(case: Case, way: tuple[str, str], codec: Codec, posted: bool) -> di
     rank, world = dist.get_rank(), case.world
     name, combine = way
     group = dist.group.WORLD if world > 1 else None
-    dispatcher = make_dispatcher(name, group, case.num_experts, top_k=case.top_k, combine=combine, codec=codec)
+    dispatcher = make_dispatcher(
+        name, group, case.num_experts, top_k=case.top_k, combine=combine, codec=codec, nodes=two_nodes(world)
+    )
     x_TD, weights_TK = tokens(case, rank).requires_grad_(), weights_of(case, rank).requires_grad_()
     ids_TK = ids_of(case, rank)
     with nan_empty():
@@ -125,13 +128,21 @@ class Wanted:
 
 
 def wanted(
-    case: Case, rank: int, codec: Codec, prereduced: bool, weighted_there: bool, summed_there: bool, fused: bool
+    case: Case,
+    rank: int,
+    codec: Codec,
+    prereduced: bool,
+    weighted_there: bool,
+    summed_there: bool,
+    fused: bool,
+    nodes: bool = False,
 ) -> Wanted:
     """The layer of `one_step` one exchange after the other, in float64 between them.
 
     weighted_there: the output's gradient is weighted after it came to the expert's rank, once for all its routes there.
     summed_there: the rows' gradients are summed before they leave it.
     fused: products are added without being rounded first, as processors with such an instruction may do.
+    nodes: what is summed on the experts' ranks is summed over each of two nodes, and only then coded.
     """
     x_TD, ids_TK, weights_TK = tokens(case, rank), ids_of(case, rank), weights_of(case, rank)
     routed_TK1 = ((ids_TK >= 0) & (ids_TK < case.num_experts)).unsqueeze(2)
@@ -153,6 +164,9 @@ def wanted(
         for owner, part in enumerate(parts):
             for k, term_TD in enumerate(terms_TKD.unbind(1)):
                 part.copy_(torch.where((owner_TK[:, k] == owner)[:, None], part + term_TD, part))
+        if nodes:
+            half = max(1, case.world // 2)
+            parts = [sum(parts[first : first + half][1:], parts[first]) for first in range(0, case.world, half)]
         return sum((coded(part, form, codec.scale).double() for part in parts), torch.zeros(x_TD.shape).double())
 
     if prereduced:
@@ -179,7 +193,7 @@ def wanted(
 
 @pytest.mark.parametrize("case, codec", SETTINGS, ids=IDS)
 def test_equals_a_loop_over_routes(case: Case, codec: Codec) -> None:
-    kinds = list(product((False, True), repeat=4))
+    kinds = [kind for kind in product((False, True), repeat=5) if kind[:3] == (True,) * 3 or not kind[4]]
     want = {kind: [wanted(case, rank, codec, *kind) for rank in range(case.world)] for kind in kinds}
     arrives = [coded(tokens(case, source), codec.dispatch, codec.scale) for source in range(case.world)]
     for rank, ways in enumerate(ran(case, codec)):
@@ -187,9 +201,10 @@ def test_equals_a_loop_over_routes(case: Case, codec: Codec) -> None:
         rows = [arrives[source][token] for _, source, token, _ in here]
         want_RD = torch.stack(rows) if rows else torch.empty(0, case.dim, dtype=case.dtype)
         for way, found in ways.items():
-            prereduced, one_sided = "prereduced" in way, "onesided" in way
+            prereduced, nodes = "prereduced" in way, "hierarchical" in way
+            one_sided = nodes or "onesided" in way
             kind = (prereduced, prereduced or one_sided, prereduced and one_sided)
-            either = [want[(*kind, fused)] for fused in ((False, True) if prereduced and one_sided else (False,))]
+            either = [want[(*kind, fused, nodes)] for fused in ((False, True) if all(kind) else (False,))]
             expected = min(either, key=lambda each: relative_error(found["y_TD"], each[rank].y_TD))
             grads = [expected[source].grad_rows_TKD[token, k] for _, source, token, k in here]
             where = f"rank {rank} {way}"
@@ -247,7 +262,9 @@ def with_a_nan(way: tuple[str, str]) -> list[Tensor]:
     rank, found = dist.get_rank(), []
     for spoil in (False, True):
         codec = Codec(dispatch="fp8", combine="fp8")
-        dispatcher = make_dispatcher(way[0], dist.group.WORLD, case.num_experts, combine=way[1], codec=codec)
+        dispatcher = make_dispatcher(
+            way[0], dist.group.WORLD, case.num_experts, combine=way[1], codec=codec, nodes=two_nodes(2)
+        )
         x_TD = tokens_of(case, rank)
         if spoil and rank == 1:
             x_TD[4, 7] = float("inf")
@@ -271,7 +288,9 @@ def as_codes(way: tuple[str, str], codec: Codec, case: Case) -> dict[str, Any]:
     group = dist.group.WORLD
     x_TD, ids_TK, weights_TK = tokens(case, rank), ids_of(case, rank), weights_of(case, rank)
     coded_rows, decoded = (
-        make_dispatcher(way[0], group, case.num_experts, combine=way[1], codec=codec, coded_rows=each)
+        make_dispatcher(
+            way[0], group, case.num_experts, combine=way[1], codec=codec, coded_rows=each, nodes=two_nodes(2)
+        )
         for each in (True, False)
     )
     want = decoded.dispatch(x_TD, ids_TK, weights_TK)
@@ -320,7 +339,9 @@ def low_precision(way: tuple[str, str]) -> tuple[Tensor, Tensor]:
     found = []
     for coded_rows in (True, False):
         codec = Codec.parse("fp8")
-        dispatcher = make_dispatcher(way[0], dist.group.WORLD, 8, combine=way[1], codec=codec, coded_rows=coded_rows)
+        dispatcher = make_dispatcher(
+            way[0], dist.group.WORLD, 8, combine=way[1], codec=codec, coded_rows=coded_rows, nodes=two_nodes(2)
+        )
         at = dispatcher.dispatch(*given)
         if at.scales_R is not None:
             out_RF = scaled_grouped_mm(at.rows_RD, at.scales_R, weight, scales_EF, at.offsets_e, torch.float32)
@@ -347,7 +368,9 @@ def test_coded_rows_need_a_coded_dispatch(name: str) -> None:
 def reuse(way: tuple[str, str]) -> list[tuple[Tensor, Tensor]]:
     """Other rows along the layout of an earlier dispatch, beside the same without it."""
     case, rank = Case((5, 9), routing="holes"), dist.get_rank()
-    dispatcher = make_dispatcher(way[0], dist.group.WORLD, case.num_experts, combine=way[1], codec=MIXED)
+    dispatcher = make_dispatcher(
+        way[0], dist.group.WORLD, case.num_experts, combine=way[1], codec=MIXED, nodes=two_nodes(2)
+    )
     x_TD, ids_TK, weights_TK = tokens_of(case, rank), ids_of(case, rank), weights_of(case, rank)
     handle = dispatcher.dispatch(x_TD, ids_TK, weights_TK).handle
     results = []

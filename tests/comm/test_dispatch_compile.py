@@ -16,7 +16,7 @@ from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.layout import Layout
 from nan_empty import nan_empty
-from plain_moe import Case, ids_of, probe_of, tokens_of, weights_of
+from plain_moe import Case, ids_of, probe_of, tokens_of, two_nodes, weights_of
 from run_ranks import run_ranks
 
 CASES = [Case((6,), routing="holes", top_k=3, dim=5), Case((4,), routing="none"), Case((0,), top_k=2)]
@@ -26,6 +26,7 @@ WAYS = [
     ("allgather", "prereduced"),
     ("onesided", "exact"),
     ("onesided", "prereduced"),
+    ("hierarchical", "prereduced"),
 ]
 
 
@@ -89,7 +90,7 @@ def compiled_equals_eager(
     rank, world = dist.get_rank(), dist.get_world_size()
     name, combine = way
     dispatcher = make_dispatcher(
-        name, dist.group.WORLD if world > 1 else None, 8, top_k=3, combine=combine, codec=codec
+        name, dist.group.WORLD if world > 1 else None, 8, top_k=3, combine=combine, codec=codec, nodes=two_nodes(world)
     )
     eager, compiled = moved(dispatcher, backend)
     equal = []

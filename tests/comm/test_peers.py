@@ -23,7 +23,8 @@ import torch.distributed as dist
 
 from moeweave.comm import engines
 from moeweave.comm.dispatchers.select import make_dispatcher
-from moeweave.comm.peers import Peers, same_host
+from moeweave.comm.engines import shares_memory
+from moeweave.comm.peers import Peers
 from plain_moe import Case, ids_of, tokens_of, weights_of
 from run_ranks import _start_server, run_ranks
 
@@ -198,19 +199,20 @@ def test_a_forked_child_does_not_hold_the_sockets_of_its_rank() -> None:
     assert "rank 0 died" in text
 
 
-def apart() -> list[str]:
+def apart() -> tuple[str, bool]:
     """Rank 1 says that it is on another host."""
-    from moeweave.comm import peers
+    from moeweave.comm import nodes, peers
 
     if dist.get_rank():
-        peers.host_name = lambda: "elsewhere"
+        nodes.host_name = peers.host_name = lambda: "elsewhere"
     with pytest.raises(RuntimeError) as caught:
         make_dispatcher("onesided", dist.new_group(), 8)
     assert dist.group.WORLD is not None
-    return [str(caught.value), str(same_host(dist.group.WORLD))]
+    return str(caught.value), shares_memory(dist.group.WORLD)
 
 
 def test_ranks_on_two_hosts_are_refused() -> None:
-    for text, reason in run_ranks(2, apart, fresh=True):
-        assert reason == "rank 1 is on another host, or in another network namespace, than rank 0"
-        assert f"one host: {reason}. Use dispatcher='alltoall' or 'allgather'." in text
+    reason = "rank 1 is on another host, or in another network namespace, than rank 0"
+    for text, shared in run_ranks(2, apart, fresh=True):
+        assert not shared
+        assert f"one host: {reason}. Use dispatcher='alltoall', 'allgather' or 'hierarchical'." in text

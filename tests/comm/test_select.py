@@ -57,7 +57,7 @@ def test_auto_says_what_it_chose_once(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     "name, combine, text",
     [
-        ("all2all", None, r"dispatcher \('all2all'\) must be one of alltoall, allgather, onesided, ascend, auto"),
+        ("all2all", None, r"must be one of alltoall, allgather, onesided, hierarchical, ascend, auto"),
         ("alltoall", "prereduced", r"combine \('prereduced'\) must be one of exact with dispatcher='alltoall'"),
         ("allgather", "sum", r"combine \('sum'\) must be one of exact, prereduced"),
         ("ascend", "prereduced", r"combine \('prereduced'\) must be one of exact with dispatcher='ascend'"),

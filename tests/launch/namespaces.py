@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 CLONE_NEWNET = 0x40000000
-NAMES = ("a", "b")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class TwoHosts:
         return found
 
 
-def why_not() -> str | None:
-    """Why namespaces with sshd cannot be made here, or None."""
+def why_not(programs: Sequence[str] = ("ip", "ss", "ssh", "sshd", "ssh-keygen")) -> str | None:
+    """Why namespaces, and what needs these programs, cannot be made here, or None."""
     if os.geteuid() != 0:
-        return "network namespaces with sshd need root"
-    for program in ("ip", "ss", "ssh", "sshd", "ssh-keygen"):
+        return "network namespaces need root"
+    for program in programs:
         if shutil.which(program) is None and not Path(f"/usr/sbin/{program}").exists():
             return f"this machine has no {program}"
     name = f"mw{os.getpid()}t"
@@ -86,27 +86,42 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    names = (f"mw{os.getpid()}a", f"mw{os.getpid()}b")
-    hosts = TwoHosts(names, ("10.77.0.1", "10.77.0.2"), folder)
     servers: list[subprocess.Popen] = []
     try:
-        _link(hosts)
-        _keys(hosts)
-        servers += [_sshd(name, address, folder) for name, address in zip(names, hosts.addresses, strict=True)]
-        for server, address in zip(servers, hosts.addresses, strict=True):
-            _until_it_listens(hosts, server, address)
-        yield hosts
+        with two_networks() as names:
+            hosts = TwoHosts(names, ADDRESSES, folder)
+            _keys(hosts)
+            servers += [_sshd(name, address, folder) for name, address in zip(names, ADDRESSES, strict=True)]
+            for server, address in zip(servers, ADDRESSES, strict=True):
+                _until_it_listens(hosts, server, address)
+            yield hosts
     finally:
         for server in servers:
-            server.terminate()
+            server.wait(10)
+
+
+@contextmanager
+def two_networks() -> Iterator[tuple[str, str]]:
+    """Names of two namespaces joined by a link; what still runs in them afterwards is killed."""
+    names = (f"mw{os.getpid()}a", f"mw{os.getpid()}b")
+    try:
+        _link(names)
+        yield names
+    finally:
         for name in names:
             for pid in _pids(name):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        for server in servers:
-            server.wait(10)
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def shape(names: Sequence[str], rate: str) -> None:
+    """Limits what each of the namespaces sends over the link, as in `tc`: "200mbit"."""
+    for name in names:
+        # A burst of several segments as the kernel hands them on, and a queue of 50 ms, as switches have.
+        limit = ("tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
+        _run("tc", "-n", name, "qdisc", "replace", "dev", "eth0", "root", *limit)
 
 
 def enter(name: str) -> None:
@@ -116,12 +131,12 @@ def enter(name: str) -> None:
         assert libc.setns(file.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
 
 
-def _link(hosts: TwoHosts) -> None:
-    one, other = hosts.names
-    for name in hosts.names:
+def _link(names: tuple[str, str]) -> None:
+    one, other = names
+    for name in names:
         _run("ip", "netns", "add", name)
     _run("ip", "link", "add", "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other)
-    for name, address in zip(hosts.names, hosts.addresses, strict=True):
+    for name, address in zip(names, ADDRESSES, strict=True):
         _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _run("ip", "-n", name, "link", "set", device, "up")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import moeweave as mw
+from moeweave.comm.cost import remote_ranks
 from moeweave.parallel.adapter import find_moe_blocks
-from moeweave.parallel.footprint import footprint, remote_ranks
+from moeweave.parallel.footprint import footprint
 from moeweave.parallel.hf.build import build_model
 from moeweave.parallel.parallelize import top_k_of
 from run_ranks import run_ranks
