@@ -44,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException as error:
         return _say(f"stopped by {signal.Signals(error.sigval).name}", 128 + error.sigval)
     except RendezvousTimeoutError:
-        return _say(
-            f"fewer than {arguments.nnodes.partition(':')[0]} hosts came to {arguments.rdzv_endpoint} in time.", 1
-        )
+        fewest = arguments.nnodes.partition(":")[0]
+        return _say(f"fewer than {fewest} hosts came to {arguments.rdzv_endpoint} in time: see the others' agents.", 1)
     except RendezvousError:
         return _say(f"the agent at {arguments.rdzv_endpoint}, where the hosts meet, is gone: see what it said.", 1)
     except (OSError, ValueError) as error:

@@ -81,11 +81,12 @@ def _elastic(program: Any, min_nodes: int, nodes: int, ranks_per_node: int) -> A
     which it could not run."""
     if min_nodes == nodes or not isinstance(program, TrainConfig):
         return program
-    for count in range(min_nodes, nodes):
-        try:
-            remesh.derive(program.mesh.sizes(), count * ranks_per_node, program.batch_size, program.microbatches)
-        except ValueError as error:
-            raise ConfigError(f"min_nodes={min_nodes}: on {count} hosts, {error}") from error
+    sizes, count = program.mesh.sizes(), min_nodes
+    try:
+        for count in range(min_nodes, nodes):
+            remesh.derive(sizes, count * ranks_per_node, program.batch_size, program.microbatches)
+    except ValueError as error:
+        raise ConfigError(f"min_nodes={min_nodes}: on {count} hosts, {error}") from error
     return dataclasses.replace(program, ranks=dataclasses.replace(program.ranks, elastic=True))
 
 

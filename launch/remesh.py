@@ -35,9 +35,9 @@ def derive(sizes: MeshSizes, world: int, batch_size: int, microbatches: int) -> 
         ep = math.gcd(sizes.ep, dp * sp * tp // etp)
         return MeshSizes(dp, tp, pp, sp, ep, etp, dp_replicate)
     raise ValueError(
-        f"ranks ({world}): the mesh of {sizes.world} ranks cannot be made one of {world}: batch_size ({batch_size}) must "
-        f"be a multiple of its data ranks x microbatches ({microbatches}). Set a batch_size that {world} x {microbatches} "
-        "divides, or other numbers of nodes."
+        f"ranks ({world}): the mesh of {sizes.world} ranks cannot be made one of {world}: batch_size ({batch_size}) "
+        f"must be a multiple of its data ranks x microbatches ({microbatches}). Set a batch_size that {world} x "
+        f"{microbatches} divides, or another number of hosts."
     )
 
 

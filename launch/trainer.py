@@ -223,11 +223,8 @@ def _note_skip(training: Training, step: int, loss: float, norm: float) -> None:
     remedy = "Lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint."
     if config.on_nan == "stop":
         raise RuntimeError(f"{found} on a rank. The run diverged. {remedy} Or set on_nan=skip.")
-    if training.skips_in_a_row > config.max_skips:
-        raise RuntimeError(
-            f"{found}: {training.skips_in_a_row} steps in a row were not finite, more than max_skips={config.max_skips}. "
-            f"The run diverged. {remedy}"
-        )
+    if (in_a_row := training.skips_in_a_row) > config.max_skips:
+        raise RuntimeError(f"{found}: {in_a_row} such steps in a row, more than max_skips={config.max_skips}. {remedy}")
     logger.warning("%s: left out, %d in a row", found, training.skips_in_a_row)
 
 

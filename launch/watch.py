@@ -23,9 +23,8 @@ from pathlib import Path
 from moeweave.launch import failure, heartbeat
 
 # The innermost Python frames of a rank that waits for another one.
-WAITING = re.compile(
-    r'torch/(distributed/(distributed_c10d|c10d_logger|_functional_collectives)|_ops|autograd/graph)\.py"'
-)
+_FILES = "distributed/distributed_c10d|distributed/c10d_logger|distributed/_functional_collectives|_ops|autograd/graph"
+WAITING = re.compile(rf'torch/({_FILES})\.py"')
 FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)')
 ANSWER_SECONDS = 2.0  # within which a rank that lives has written its stacks
 
@@ -84,17 +83,14 @@ class Watch:
         _say(f"no rank here has got on for {quiet:.0f} s; the stacks of all are in {self.folder}/rank*.stack.txt")
         for rank in guilty or beats:
             beat = beats[rank]
-            message = (
-                f"hangs: nothing for {quiet:.0f} s (ranks.hang_timeout={beat.limit:g}) since {beat.doing} of step "
-            )
-            message += f"{beat.step}"
+            message = f"hangs: nothing for {quiet:.0f} s since {beat.doing} of step {beat.step}"
+            message += f" (ranks.hang_timeout={beat.limit:g})"
             if not stacks[rank]:
                 message += "; the process is stopped and answers no signal"
             elif not guilty:
                 message += "; all ranks of this host wait for others: see the other hosts, and the network between them"
-            failure.write_hang(
-                rank, message, where(stacks[rank]), str(heartbeat.stacks_of(self.folder, rank)), self.folder
-            )
+            report = str(heartbeat.stacks_of(self.folder, rank))
+            failure.write_hang(rank, message, where(stacks[rank]), report, self.folder)
         for rank in guilty or beats:
             with suppress(ProcessLookupError):
                 os.kill(beats[rank].pid, signal.SIGKILL)
