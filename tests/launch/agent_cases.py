@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from moeweave.launch import agent, env, rank, train, trainer
+from moeweave.launch import agent, elastic, env, rank, train, trainer
 
 
 def main(argv):
@@ -32,14 +32,17 @@ def _rank(*words):
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     rank.die_with(int(os.environ["MOEWEAVE_AGENT"]))
-    sys.exit(train.main(list(words)))
+    # What a forked function leaves is its value: an agent waits for that of a rank which ended well.
+    elastic.leave = lambda code: os._exit(code) if code else None
+    if code := train.main(list(words)):
+        sys.exit(code)
 
 
 def _slow_after_a_restart():
     honest = trainer._step
 
     def slow(training):
-        time.sleep(0.3 if env.launched_ranks().restarts == 1 else 0)
+        time.sleep(0.5 if env.launched_ranks().restarts == 1 else 0)
         return honest(training)
 
     trainer._step = slow

@@ -126,7 +126,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path):
 def test_a_run_goes_on_with_the_ranks_that_are_left_and_takes_new_ones(tmp_path):
     """Two agents of two ranks each; one is killed, and later replaced: 4, 2 and 4 ranks of one run."""
     program = [one for one in TINY if not one.startswith(("mesh.dp", "mesh.ep", "batch_size"))]
-    program += ["mesh.dp=4", "mesh.ep=4", "batch_size=8", "steps=60", "checkpoint.every=5"]
+    program += ["mesh.dp=4", "mesh.ep=4", "batch_size=8", "steps=24", "checkpoint.every=4"]
     assert run("train", *program, "run.dir=whole", cwd=tmp_path).code == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -139,16 +139,14 @@ def test_a_run_goes_on_with_the_ranks_that_are_left_and_takes_new_ones(tmp_path)
         return start("agent_cases", "slow", *words, *program, "run.dir=broken", "ranks.elastic=true", cwd=tmp_path)
 
     first, second = agent(0), agent(1)
-    until_step(8, tmp_path / "broken", first)
+    until_step(5, tmp_path / "broken", first)
     os.kill(second.pid, signal.SIGKILL)
     assert second.wait(20).left == ()
-    until_step(12, tmp_path / "broken", first)
+    until_step(8, tmp_path / "broken", first)
     third = agent(1)
     done, also = first.wait(120), third.wait(30)
     assert (done.code, done.left) == (0, ()), done.err
     assert (also.code, also.left) == (0, ()), also.err
-    assert "dp=4, ep=4" in done.out
-    assert "dp=2, ep=2" in done.out
     assert done.out.count("resume  step ") == 2
     starts = [line for line in done.out.splitlines() if line.startswith("mesh ")]
     assert [line.split(", ")[-1] for line in starts] == ["4 ranks", "2 ranks", "4 ranks"]
