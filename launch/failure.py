@@ -100,7 +100,7 @@ def record_stop(rank: int, folder: Path) -> None:
 def forget(folder: Path, ranks: Iterable[int]) -> None:
     """Removes the records that those ranks left at an earlier attempt."""
     for rank in ranks:
-        for kind in ("failure.json", "traceback.txt", "stopped.txt", "done", "elastic.json", "beat", "stack.txt"):
+        for kind in ("failure.json", "traceback.txt", "stopped.txt", "done", "elastic.json", "beat"):
             (folder / f"rank{rank}.{kind}").unlink(missing_ok=True)
 
 

@@ -37,7 +37,7 @@ class Heart:
         if folder is None:
             return
         self._file = os.open(path_of(folder, rank), os.O_CREAT | os.O_WRONLY, 0o644)
-        stacks = stacks_of(folder, rank).open("w")  # stays open as long as the process lives
+        stacks = stacks_of(folder, rank).open("a")  # kept over restarts; stays open as long as the process lives
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
 
     def beat(self, step: int, doing: str) -> None:

@@ -90,6 +90,7 @@ class Watch:
             elif not guilty:
                 message += "; all ranks of this host wait for others: see the other hosts, and the network between them"
             report = str(heartbeat.stacks_of(self.folder, rank))
+            _say(f"rank {rank} {message}")
             failure.write_hang(rank, message, where(stacks[rank]), report, self.folder)
         for rank in guilty or beats:
             with suppress(ProcessLookupError):
