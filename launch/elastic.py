@@ -58,6 +58,8 @@ def start_ranks(
             return elastic_launch(config, _rank)(fn, args, str(log_dir), os.getpid(), threads)[0]
     except ChildFailedError as error:
         codes = {rank: process.exitcode for rank, process in error.failures.items()}
+        if set(codes.values()) == {stopping.EXIT_CODE}:  # somebody asked the ranks themselves
+            raise failure.Stopped("the ranks were stopped by SIGTERM", stopping.EXIT_CODE) from None
         raise failure.RankFailed(failure.first(log_dir, num_ranks, codes)) from None
     except SignalException as error:
         code = stopping.EXIT_CODE if error.sigval == signal.SIGTERM else 130

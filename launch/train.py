@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from moeweave.launch import cli, compose, elastic, env, prepare, remesh, runlog, stopping, sweep
+from moeweave.launch import cli, compose, elastic, env, prepare, remesh, runlog, sweep
 from moeweave.launch.schema import ConfigError, TrainConfig
 
 PROGRAM = cli.Program(
@@ -72,7 +72,7 @@ def start(config: TrainConfig) -> int:
             max_restarts=config.ranks.max_restarts,
             on_cpu=config.mesh.device == "cpu" or not elastic.has_accelerator(),
         )
-    code = stopping.EXIT_CODE if outcome.stopped else 1 if outcome.proof_ok is False else 0
+    code = 1 if outcome.proof_ok is False else 0
     if ranks is not None:
         elastic.leave(code)
     return code

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 import moeweave as mw
-from moeweave.launch import data, env, heartbeat, optim, plot, prepare, progress, runlog, stopping
+from moeweave.launch import data, elastic, env, heartbeat, optim, plot, prepare, progress, runlog, stopping
 from moeweave.launch.compose import to_yaml
 from moeweave.launch.sampler import Sampler
 from moeweave.launch.schema import TrainConfig
@@ -35,13 +35,12 @@ SECONDS_TO_BE_ASKED = 2.0  # in which agents of all hosts have told their ranks 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the starting process hears of a run. `proof_ok` is None where no proof was made; `stopped`: by SIGTERM."""
+    """What the starting process hears of a run. `proof_ok` is None where it was not asked for."""
 
     folder: str
     first_loss: float
     last_loss: float
     proof_ok: bool | None
-    stopped: bool = False
 
 
 @dataclass
@@ -62,7 +61,10 @@ class Training:
 
 
 def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcome:
-    """Runs the whole of one rank. `folder` is the run folder, or None for rank 0 to choose one for all."""
+    """Runs the whole of one rank. `folder` is the run folder, or None for rank 0 to choose one for all.
+
+    A rank that SIGTERM ended does not return: it exits with stopping.EXIT_CODE, for whoever started it to see.
+    """
     ranks = env.launched_ranks()
     heart = heartbeat.Heart(env.logs_of_ranks(), ranks.rank if ranks else 0, config.ranks.hang_timeout)
     heart.beat(0, "the start")
@@ -91,8 +93,10 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
         _farewell(training, lines, report)
     heart.stop()
     dist.destroy_process_group()
+    if stopped:
+        elastic.leave(stopping.EXIT_CODE)
     losses = [line["loss"] for line in lines if line["loss"] is not None] or [math.nan]
-    return Outcome(str(run_folder.path), losses[0], losses[-1], None if report is None else report.ok, stopped)
+    return Outcome(str(run_folder.path), losses[0], losses[-1], None if report is None else report.ok)
 
 
 # ---- set-up and resume
