@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 import moeweave as mw
-from moeweave.launch import data, elastic, env, heartbeat, optim, plot, prepare, progress, runlog, stopping
+from moeweave.launch import agreement, data, elastic, env, heartbeat, optim, plot, prepare, progress, runlog, stopping
 from moeweave.launch.compose import to_yaml
 from moeweave.launch.sampler import Sampler
 from moeweave.launch.schema import TrainConfig
@@ -69,15 +69,15 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     heart = heartbeat.Heart(env.logs_of_ranks(), ranks.rank if ranks else 0, config.ranks.hang_timeout)
     heart.beat(0, "the start")
     mesh = mw.Mesh(**asdict(config.mesh))
-    run_folder = runlog.RunFolder(Path(_from_rank_0(lambda: _choose_folder(config, folder))))
-    changed = _from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
+    run_folder = runlog.RunFolder(Path(agreement.from_rank_0(lambda: _choose_folder(config, folder))))
+    changed = agreement.from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
     training = _set_up(config, mesh, run_folder, heart)
-    checkpoint = _from_rank_0(lambda: _checkpoint_to_resume(config, run_folder))
+    checkpoint = agreement.from_rank_0(lambda: _checkpoint_to_resume(config, run_folder))
     if checkpoint is not None:
         _resume(training, checkpoint)
     own = checkpoint is None or run_folder.checkpoints in Path(checkpoint).parents
     first_step = training.steps_done + 1
-    metrics = _from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, complete=own))
+    metrics = agreement.from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, complete=own))
     reporter = _reporter(config, mesh, first_step)
     try:
         _greet(reporter, training, checkpoint, changed)
@@ -171,14 +171,14 @@ def _steps(training: Training, metrics: runlog.Metrics | None, reporter: progres
             metrics.add(line)
         reporter.step(line)
         every, done = config.checkpoint.every, training.steps_done
-        stop = _any_rank(training, wish.asked)
+        stop = agreement.any_rank(training.mesh, wish.asked)
         if stop or done == config.steps or (every and done % every == 0):
             training.heart.beat(done, "the checkpoint")
             _save(training, metrics)
-        if stop:
+        if stop and done < config.steps:
             reporter.say(f"stop    SIGTERM: saved after step {done} of {config.steps}; resume=auto goes on from there")
             wish.wait(SECONDS_TO_BE_ASKED)
-            return done < config.steps
+            return True
     wish.end()
     return False
 
@@ -196,7 +196,7 @@ def _step(training: Training) -> dict[str, Any]:
     loss = float(mw.forward_backward(training.model, batch, microbatches=config.microbatches))
     norm = float(mw.clip_grad_norm_(training.model, config.optim.clip_norm or math.inf))
     training.heart.beat(step, "the update")
-    skipped = _any_rank(training, not (math.isfinite(loss) and math.isfinite(norm)))
+    skipped = agreement.any_rank(training.mesh, not (math.isfinite(loss) and math.isfinite(norm)))
     if skipped:
         _note_skip(training, step, loss, norm)  # raises where the run must end
     else:
@@ -230,14 +230,6 @@ def _note_skip(training: Training, step: int, loss: float, norm: float) -> None:
     if (in_a_row := training.skips_in_a_row) > config.max_skips:
         raise RuntimeError(f"{found}: {in_a_row} such steps in a row, more than max_skips={config.max_skips}. {remedy}")
     logger.warning("%s: left out, %d in a row", found, training.skips_in_a_row)
-
-
-def _any_rank(training: Training, here: bool) -> bool:
-    """Whether it is so on any rank; the answer is the same on all."""
-    found = torch.tensor(float(here), device=training.mesh.device)
-    if training.mesh.world > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
 
 
 def _seed_step(seed: int, step: int, data_rank: int) -> None:
@@ -363,27 +355,3 @@ def _log_to(folder: runlog.RunFolder, rank: int) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False
-
-
-# ---- agreement
-
-
-def _from_rank_0(decide: Any) -> Any:
-    """What `decide()` gives on rank 0, on every rank. What it raises is raised on every rank."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [decide(), None]
-        except (ValueError, RuntimeError, OSError) as error:
-            answer = [None, error]
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def _from_rank_0_only(make: Any) -> Any:
-    """`make()` on rank 0, None elsewhere; what it raises is raised on every rank."""
-    made: list[Any] = []
-    _from_rank_0(lambda: made.append(make()))
-    return made[0] if made else None
