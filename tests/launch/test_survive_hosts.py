@@ -23,6 +23,7 @@ TINY = [
     "batch_size=8",
     "optim.lr=1e-2",
     "checkpoint.every=4",
+    "plan.dispatcher=alltoall",  # which auto would take between hosts, and not on one
     "proof=false",
 ]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -63,7 +64,7 @@ def in_host(hosts: TwoHosts, command: str) -> None:
 def test_a_killed_rank_of_one_host_and_a_slow_link_cost_no_step(hosts: TwoHosts, tmp_path):
     in_host(hosts, "tc qdisc add dev eth0 root tbf rate 50mbit burst 64kb latency 400ms")
     try:
-        running = submit(hosts, tmp_path, "steps=40", "max_restarts=1")
+        running = submit(hosts, tmp_path, "steps=24", "max_restarts=1")
         until(lambda: steps_of(tmp_path) >= 6, running)
         beat = json.loads((tmp_path / "two/submit/0/ranks/rank3.beat").read_text())
         os.kill(beat["pid"], signal.SIGKILL)
@@ -72,8 +73,8 @@ def test_a_killed_rank_of_one_host_and_a_slow_link_cost_no_step(hosts: TwoHosts,
         in_host(hosts, "tc qdisc del dev eth0 root")
     assert (done.code, done.left) == (0, ()), done.out + done.err
     assert "resume  step " in done.out
-    assert run("train", *TINY, "steps=40", "run.dir=one", cwd=tmp_path).code == 0
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert run("train", *TINY, "steps=24", "run.dir=one", cwd=tmp_path).code == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
 def test_a_cut_link_ends_the_job_with_one_error_and_the_same_command_goes_on(hosts: TwoHosts, tmp_path):
