@@ -87,7 +87,7 @@ def test_a_cut_link_ends_the_job_with_one_error_and_the_same_command_goes_on(hos
         assert done.err.count("moeweave-submit: error: ") == 1
         assert "ended first" in done.err
         assert "see the other hosts, and the network between them" in done.out
-        until(lambda: hosts.processes() == {}, running, 60)
+        until(lambda: hosts.processes() == {}, running, 150)
     finally:
         in_host(hosts, "ip link set eth0 up")
     steps = steps_of(tmp_path) + 4
