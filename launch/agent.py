@@ -20,11 +20,11 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
 
-from moeweave.launch import env, failure, rank, rendezvous
+from moeweave.launch import env, failure, rank, rendezvous, watch
 from moeweave.launch.elastic import RankLogs, quiet_elastic
 
 
@@ -34,14 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.has_lifeline():
         _stop_with_stdin()
     folder = Path(arguments.log_dir or "logs").absolute()
+    watched = watch.Watch(folder)
     try:
-        config, command, words = _config(arguments, folder)
-        with quiet_elastic():
+        config, command, words = _config(arguments, folder, watched)
+        with quiet_elastic(), watch.watching(watched):
             elastic_launch(config, command)(*words)
     except ChildFailedError as error:
         return _say(failure.describe(_first(error, folder)), 1)
     except SignalException as error:
         return _say(f"stopped by {signal.Signals(error.sigval).name}", 128 + error.sigval)
+    except RendezvousTimeoutError:
+        fewest = arguments.nnodes.partition(":")[0]
+        return _say(f"fewer than {fewest} hosts came to {arguments.rdzv_endpoint} in time: see the others' agents.", 1)
     except RendezvousError:
         return _say(f"the agent at {arguments.rdzv_endpoint}, where the hosts meet, is gone: see what it said.", 1)
     except (OSError, ValueError) as error:
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _config(arguments: Any, folder: Path) -> tuple[LaunchConfig, Any, list[str]]:
+def _config(arguments: Any, folder: Path, watched: watch.Watch) -> tuple[LaunchConfig, Any, list[str]]:
     """torchrun's own reading of its arguments, with the rendezvous and the logs replaced."""
     if not arguments.rdzv_endpoint:
         arguments.rdzv_endpoint = f"{arguments.master_addr}:{arguments.master_port}"
@@ -59,7 +63,7 @@ def _config(arguments: Any, folder: Path) -> tuple[LaunchConfig, Any, list[str]]
     config, command, words = config_from_args(arguments)
     folder.mkdir(parents=True, exist_ok=True)
     config.rdzv_configs, rounds = rendezvous.settings(is_host, **config.rdzv_configs)
-    config.logs_specs = RankLogs(folder, rounds)
+    config.logs_specs = RankLogs(folder, rounds, watched)
     config.local_addr = config.local_addr or _local_address(config, is_host)
     env.use_interface(rendezvous.interface_of(config.local_addr))
     env.use_a_store_per_restart()
@@ -92,6 +96,8 @@ def _stop_with_stdin() -> None:
 def _first(error: ChildFailedError, folder: Path) -> failure.Failure:
     """The earliest failure among this host's ranks: what `record` kept of it, else the last line the rank wrote."""
     rank, first = error.get_first_failure()
+    if (record := failure.read(rank, folder)) is not None:
+        return record
     message: Any = first.message
     if isinstance(message, dict):
         message = message.get("message", message)

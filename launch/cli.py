@@ -59,7 +59,7 @@ def run(program: Program, body: Callable[[Arguments], int], argv: Sequence[str] 
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
         return _fail(program, str(error), 2)
     except KeyboardInterrupt as error:
-        return _fail(program, str(error) or "interrupted", 130)
+        return _fail(program, str(error) or "interrupted", getattr(error, "code", 130))
 
 
 def _read(arguments: list[str]) -> Arguments:

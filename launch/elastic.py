@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from moeweave.launch import env, failure, rank, rendezvous
+from moeweave.launch import env, failure, rank, rendezvous, stopping, watch
 
 
 def start_ranks(
@@ -31,10 +31,12 @@ def start_ranks(
 
     `fn` is a module-level function; it finds RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous in its environment, as
     under torchrun. Rank 0 keeps the terminal, the others write to `log_dir`. When a rank fails the others are stopped
-    within seconds. Raises RankFailed with the first failure, KeyboardInterrupt on ctrl-C.
+    within seconds; one that hangs is found by its beats (watch.py). Raises RankFailed with the first failure, and
+    Stopped (a KeyboardInterrupt) on ctrl-C, or after SIGTERM and what the ranks do then.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     meeting, rounds = rendezvous.settings()
+    watched = watch.Watch(log_dir)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -46,19 +48,22 @@ def start_ranks(
         local_addr="127.0.0.1",
         max_restarts=max_restarts,
         start_method="fork" if on_cpu and sys.platform == "linux" else "spawn",
-        logs_specs=RankLogs(log_dir, rounds),
+        logs_specs=RankLogs(log_dir, rounds, watched),
     )
     env.use_a_store_per_restart()
     env.use_interface("lo" if sys.platform == "linux" else None)
     threads = env.threads_asked() or max(1, _num_cores() // num_ranks)
     try:
-        with quiet_elastic():
+        with quiet_elastic(), watch.watching(watched):
             return elastic_launch(config, _rank)(fn, args, str(log_dir), os.getpid(), threads)[0]
     except ChildFailedError as error:
         codes = {rank: process.exitcode for rank, process in error.failures.items()}
+        if set(codes.values()) == {stopping.EXIT_CODE}:  # somebody asked the ranks themselves
+            raise failure.Stopped("the ranks were stopped by SIGTERM", stopping.EXIT_CODE) from None
         raise failure.RankFailed(failure.first(log_dir, num_ranks, codes)) from None
     except SignalException as error:
-        raise KeyboardInterrupt(f"stopped by {signal.Signals(error.sigval).name}") from None
+        code = stopping.EXIT_CODE if error.sigval == signal.SIGTERM else 130
+        raise failure.Stopped(f"stopped by {signal.Signals(error.sigval).name}", code) from None
 
 
 def _rank(fn: Callable[..., Any], args: tuple[Any, ...], log_dir: str, parent: int, threads: int) -> Any:
@@ -120,12 +125,13 @@ def quiet_elastic() -> Iterator[None]:
 class RankLogs(LogsSpecs):
     """Rank 0 on the terminal, rank n in rankN.stdout.log and rankN.stderr.log of one folder.
 
-    Also tells ranks how often the job was started before: torch counts that for each agent, and agents differ.
+    Also tells ranks how often the job was started before: torch counts that for each agent, and agents differ. And
+    tells the watch which ranks there are now.
     """
 
-    def __init__(self, folder: Path, rounds: rendezvous.Rounds):
+    def __init__(self, folder: Path, rounds: rendezvous.Rounds, watched: watch.Watch):
         super().__init__(str(folder))
-        self._folder, self._rounds = folder, rounds
+        self._folder, self._rounds, self._watched = folder, rounds, watched
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         ranks = {local: int(variables["RANK"]) for local, variables in envs.items()}
@@ -134,9 +140,11 @@ class RankLogs(LogsSpecs):
             return str(self._folder / f"rank{rank}.{kind}")
 
         failure.forget(self._folder, ranks.values())
+        self._watched.ranks = tuple(ranks.values())
         for local, variables in envs.items():
             variables["TORCHELASTIC_ERROR_FILE"] = path(ranks[local], "elastic.json")
             variables["TORCHELASTIC_RESTART_COUNT"] = str(self._rounds.before)
+            variables[env.LOGS] = str(self._folder)
         return LogsDest(
             stdouts={local: path(rank, "stdout.log") if rank else "" for local, rank in ranks.items()},
             stderrs={local: path(rank, "stderr.log") if rank else "" for local, rank in ranks.items()},

@@ -8,6 +8,7 @@
 | OMP_NUM_THREADS            | the user      | CPU threads of a rank; absent: the cores divided by the ranks        |
 | MOEWEAVE_TRACEBACK         | the user      | 1: print a whole traceback where an error would be one line          |
 | MOEWEAVE_AGENT             | the agent     | its process id, for rank.py to end with it                           |
+| MOEWEAVE_LOGS              | the launcher  | where the ranks' logs are, and where a rank shows that it gets on    |
 | MOEWEAVE_LIFELINE          | the launcher  | 1: the agent stops when its standard input ends                      |
 | GLOO_SOCKET_IFNAME         | the user      | the interface whose address the agent gives to other hosts           |
 | HCCL_BUFFSIZE              | the user      | the window of HCCL in MB, which the ascend dispatcher checks         |
@@ -22,6 +23,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+LOGS = "MOEWEAVE_LOGS"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ def interface_named() -> str | None:
 def name_agent(pid: int) -> None:
     """Tells the ranks that this process starts whom they belong to."""
     os.environ["MOEWEAVE_AGENT"] = str(pid)
+
+
+def logs_of_ranks() -> Path | None:
+    """The folder where whoever started this rank looks for its beats and records; None under plain torchrun."""
+    value = os.environ.get(LOGS)
+    return Path(value) if value else None
 
 
 def has_lifeline() -> bool:

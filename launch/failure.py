@@ -5,7 +5,7 @@ Every rank writes its exception with a nanosecond clock, and only the first is s
 writes where it was. So a rank that left nothing at all was killed from outside, and is what the others died of.
 
 In one folder, for rank N: rankN.failure.json, rankN.traceback.txt (it raised), rankN.stopped.txt (stopped by the
-launcher, with its stack), rankN.done (it returned).
+launcher, with its stack), rankN.done (it returned); rankN.beat and rankN.stack.txt (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ class RankFailed(RuntimeError):
         super().__init__(describe(failure))
 
 
+class Stopped(KeyboardInterrupt):
+    """The ranks were told to stop, and have; `code` is the exit code that says so."""
+
+    def __init__(self, message: str, code: int):
+        self.code = code
+        super().__init__(message)
+
+
 class HostFailed(RuntimeError):
     """A host of the job has failed; the message names it."""
 
@@ -58,9 +66,24 @@ def write(error: BaseException, rank: int, folder: Path) -> None:
     report = folder / f"rank{rank}.traceback.txt"
     report.write_text("".join(traceback.format_exception(error)))
     record = Failure(rank, message, _where(error), when_ns, str(report))
-    partial = folder / f"rank{rank}.failure.partial"
+    _put(record, folder)
+
+
+def write_hang(rank: int, message: str, where: str, report: str, folder: Path) -> None:
+    """The record of a rank that cannot write its own any more; `report` holds its stacks."""
+    _put(Failure(rank, message, where, time.time_ns(), report), folder)
+
+
+def _put(record: Failure, folder: Path) -> None:
+    partial = folder / f"rank{record.rank}.failure.partial"
     partial.write_text(json.dumps(asdict(record)))
-    partial.replace(folder / f"rank{rank}.failure.json")
+    partial.replace(folder / f"rank{record.rank}.failure.json")
+
+
+def read(rank: int, folder: Path) -> Failure | None:
+    """The rank's record, or None where it left none."""
+    path = folder / f"rank{rank}.failure.json"
+    return Failure(**json.loads(path.read_text())) if path.exists() else None
 
 
 def mark_done(rank: int, folder: Path) -> None:
@@ -77,7 +100,7 @@ def record_stop(rank: int, folder: Path) -> None:
 def forget(folder: Path, ranks: Iterable[int]) -> None:
     """Removes the records that those ranks left at an earlier attempt."""
     for rank in ranks:
-        for kind in ("failure.json", "traceback.txt", "stopped.txt", "done", "elastic.json"):
+        for kind in ("failure.json", "traceback.txt", "stopped.txt", "done", "elastic.json", "beat"):
             (folder / f"rank{rank}.{kind}").unlink(missing_ok=True)
 
 
@@ -86,9 +109,8 @@ def first(folder: Path, num_ranks: int, exit_codes: Mapping[int, int]) -> Failur
     records = {}
     # Those whose exit the launcher saw come before those that it stopped, perhaps before they could write a record.
     for rank in sorted(range(num_ranks), key=lambda rank: (rank not in exit_codes, rank)):
-        path = folder / f"rank{rank}.failure.json"
-        if path.exists():
-            records[rank] = Failure(**json.loads(path.read_text()))
+        if (record := read(rank, folder)) is not None:
+            records[rank] = record
         elif not _was_stopped(folder, rank) and not (folder / f"rank{rank}.done").exists():
             return Failure(rank, f"the process {_how_it_died(exit_codes.get(rank))}", "", 0, _log(folder, rank))
     if not records:

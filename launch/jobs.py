@@ -8,7 +8,7 @@ import site
 from pathlib import Path
 from typing import Any
 
-from moeweave.launch import compose, prepare, runlog
+from moeweave.launch import compose, prepare, remesh, runlog
 from moeweave.launch.job import Job
 from moeweave.launch.schema import BenchConfig, ConfigError, TrainConfig
 from moeweave.launch.submit_schema import AnyLauncher, SubmitConfig
@@ -48,6 +48,7 @@ def make(
     min_nodes = config.min_nodes or nodes
     if min_nodes > nodes:
         raise ConfigError(f"min_nodes={min_nodes}: is more than nodes={nodes}. Set min_nodes={nodes} or less.")
+    program = _elastic(program, min_nodes, nodes, ranks_per_node)
     own_restarts = program.ranks.max_restarts if isinstance(program, TrainConfig) else 0
     return Job(
         name=name_of(config, program),
@@ -73,6 +74,20 @@ def make(
         code=config.code,
         code_dir=far.code_dir,
     )
+
+
+def _elastic(program: Any, min_nodes: int, nodes: int, ranks_per_node: int) -> Any:
+    """The program's config with ranks.elastic where hosts may come and go. Raises ConfigError for numbers of hosts on
+    which it could not run."""
+    if min_nodes == nodes or not isinstance(program, TrainConfig):
+        return program
+    sizes, count = program.mesh.sizes(), min_nodes
+    try:
+        for count in range(min_nodes, nodes):
+            remesh.derive(sizes, count * ranks_per_node, program.batch_size, program.microbatches)
+    except ValueError as error:
+        raise ConfigError(f"min_nodes={min_nodes}: on {count} hosts, {error}") from error
+    return dataclasses.replace(program, ranks=dataclasses.replace(program.ranks, elastic=True))
 
 
 def resolved(program: Any, run_dir: str) -> str:

@@ -29,7 +29,10 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _draw_loss(axis: Any, lines: list[dict[str, Any]]) -> None:
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    found = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+    if not found:
+        return
+    steps, losses = [step for step, _ in found], [loss for _, loss in found]
     axis.plot(steps, losses, color="#b9c4d6", linewidth=1, label="each step")
     window = max(1, min(10, len(losses) // 5))
     if window > 1:

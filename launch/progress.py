@@ -53,7 +53,7 @@ class Bar:
         self._progress.update(
             self._task,
             completed=line["step"],
-            loss=f"{line['loss']:.3f}",
+            loss=_loss(line),
             speed=f"{line['tokens_per_second']:,.0f}",
             balance=_balance(line),
         )
@@ -75,9 +75,7 @@ class Lines:
         step = line["step"]
         if self._every <= self._num_steps and (step == 1 or step % self._every == 0 or step == self._num_steps):
             speed = f"{line['tokens_per_second']:,.0f} tok/s"
-            print(
-                f"step {step}/{self._num_steps}  loss {line['loss']:.3f}  {speed}  balance {_balance(line)}", flush=True
-            )
+            print(f"step {step}/{self._num_steps}  loss {_loss(line)}  {speed}  balance {_balance(line)}", flush=True)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -97,6 +95,10 @@ class Silent:
 
     def close(self) -> None:
         pass
+
+
+def _loss(line: dict[str, Any]) -> str:
+    return "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
 
 
 def _balance(line: dict[str, Any]) -> str:

@@ -147,9 +147,11 @@ class LogConfig:
 @dataclass(frozen=True)
 class RanksConfig:
     max_restarts: int = 0
+    hang_timeout: float = 1800.0
+    elastic: bool = False
 
     def __post_init__(self) -> None:
-        at_least(0, ranks__max_restarts=self.max_restarts)
+        at_least(0, ranks__max_restarts=self.max_restarts, ranks__hang_timeout=self.hang_timeout)
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class TrainConfig:
     seed: int = 0
     resume: str = "auto"
     proof: bool = True
+    on_nan: str = "stop"
+    max_skips: int = 10
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -175,6 +179,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, batch_size=self.batch_size, microbatches=self.microbatches)
+        at_least(0, max_skips=self.max_skips)
+        one_of("on_nan", self.on_nan, ("stop", "skip"))
         parts = self.mesh.data_size * self.microbatches
         require(
             self.batch_size % parts == 0,

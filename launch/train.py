@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from moeweave.launch import cli, compose, elastic, env, prepare, runlog, sweep
+from moeweave.launch import cli, compose, elastic, env, prepare, remesh, runlog, sweep
 from moeweave.launch.schema import ConfigError, TrainConfig
 
 PROGRAM = cli.Program(
@@ -47,14 +48,16 @@ def _body(arguments: cli.Arguments) -> int:
 def start(config: TrainConfig) -> int:
     """Runs a checked config, on ranks of its own or on those that a launcher started; returns the exit code."""
     folder = runlog.choose(config.run.root, config.run.dir, config.name)
+    ranks = env.launched_ranks()
+    if ranks is not None:
+        config = fitted(config, ranks.world) if config.ranks.elastic else config
+        config.mesh.sizes().check_world(ranks.world)
     check(config, folder)
 
     from moeweave.launch.trainer import train
 
     command = cli.shown_command(PROGRAM)
-    ranks = env.launched_ranks()
     if ranks is not None:
-        config.mesh.sizes().check_world(ranks.world)
         outcome = record(train)(config, config.run.dir and str(folder.path), command)
         assert outcome is not None, "record returns what train returns, or raises"
     else:
@@ -75,12 +78,22 @@ def start(config: TrainConfig) -> int:
     return code
 
 
+def fitted(config: TrainConfig, world: int) -> TrainConfig:
+    """The config with its mesh made one of `world` ranks. Raises ValueError where that cannot be."""
+    sizes = remesh.derive(config.mesh.sizes(), world, config.batch_size, config.microbatches)
+    return replace(config, mesh=replace(config.mesh, **asdict(sizes)))
+
+
 def check(config: TrainConfig, folder: runlog.RunFolder) -> None:
     """Everything that can be known to fail before a rank starts. Raises ValueError."""
     model = prepare.check_model(config.model, config.mesh, config.plan)
     prepare.check_microbatches(config.microbatches, config.mesh, config.plan)
     prepare.check_data(config.data, model)
-    if config.resume == "never" and folder.holds_a_run():
+    ranks = env.launched_ranks()
+    restarted = ranks is not None and ranks.restarts > 0
+    if restarted and config.run.dir is None:
+        raise ConfigError("run.dir=null: ranks that are started again must find their run. Set run.dir=<folder>.")
+    if config.resume == "never" and folder.holds_a_run() and not restarted:
         raise ConfigError(
             f"run.dir={folder.path}: holds a run, and resume=never would overwrite it. "
             "Use resume=auto, or another folder."

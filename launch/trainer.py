@@ -21,17 +21,21 @@ import torch.distributed as dist
 from torch import nn
 
 import moeweave as mw
-from moeweave.launch import data, env, optim, plot, prepare, progress, runlog
+from moeweave.launch import agreement, data, elastic, env, heartbeat, optim, plot, prepare, progress, runlog, stopping
 from moeweave.launch.compose import to_yaml
 from moeweave.launch.sampler import Sampler
 from moeweave.launch.schema import TrainConfig
 from moeweave.parallel.record import record_of
 from moeweave.parallel.verify import ParityReport, gradient_parity
 
+logger = logging.getLogger("moeweave")
+
+SECONDS_TO_BE_ASKED = 2.0  # in which agents of all hosts have told their ranks to stop
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the starting process hears of a run. `proof` is None where it was not asked for."""
+    """What the starting process hears of a run. `proof_ok` is None where it was not asked for."""
 
     folder: str
     first_loss: float
@@ -50,44 +54,55 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     sampler: Sampler
+    heart: heartbeat.Heart
     position: int = 0
     steps_done: int = 0
+    skips_in_a_row: int = 0
 
 
 def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcome:
-    """Runs the whole of one rank. `folder` is the run folder, or None for rank 0 to choose one for all."""
+    """Runs the whole of one rank. `folder` is the run folder, or None for rank 0 to choose one for all.
+
+    A rank that SIGTERM ended does not return: it exits with stopping.EXIT_CODE, for whoever started it to see.
+    """
+    ranks = env.launched_ranks()
+    heart = heartbeat.Heart(env.logs_of_ranks(), ranks.rank if ranks else 0, config.ranks.hang_timeout)
+    heart.beat(0, "the start")
     mesh = mw.Mesh(**asdict(config.mesh))
-    run_folder = runlog.RunFolder(Path(_from_rank_0(lambda: _choose_folder(config, folder))))
-    changed = _from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
-    training = _set_up(config, mesh, run_folder)
-    checkpoint = _from_rank_0(lambda: _checkpoint_to_resume(config, run_folder))
+    run_folder = runlog.RunFolder(Path(agreement.from_rank_0(lambda: _choose_folder(config, folder))))
+    changed = agreement.from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
+    training = _set_up(config, mesh, run_folder, heart)
+    checkpoint = agreement.from_rank_0(lambda: _checkpoint_to_resume(config, run_folder))
     if checkpoint is not None:
         _resume(training, checkpoint)
     own = checkpoint is None or run_folder.checkpoints in Path(checkpoint).parents
     first_step = training.steps_done + 1
-    metrics = _from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, complete=own))
+    metrics = agreement.from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, complete=own))
     reporter = _reporter(config, mesh, first_step)
     try:
         _greet(reporter, training, checkpoint, changed)
-        _steps(training, metrics, reporter)
+        stopped = _steps(training, metrics, reporter)
     finally:
         reporter.close()
     lines = metrics.lines if metrics is not None else []
     if metrics is not None:
         metrics.close()
         plot.draw(lines, run_folder.picture, f"{config.name}: {prepare.describe(training.model)}")
-    report = _prove(training) if config.proof else None
+    report = _prove(training) if config.proof and not stopped else None
     if mesh.rank == 0:
         _farewell(training, lines, report)
+    heart.stop()
     dist.destroy_process_group()
-    first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (math.nan, math.nan)
-    return Outcome(str(run_folder.path), first, last, None if report is None else report.ok)
+    if stopped:
+        elastic.leave(stopping.EXIT_CODE)
+    losses = [line["loss"] for line in lines if line["loss"] is not None] or [math.nan]
+    return Outcome(str(run_folder.path), losses[0], losses[-1], None if report is None else report.ok)
 
 
 # ---- set-up and resume
 
 
-def _set_up(config: TrainConfig, mesh: mw.Mesh, folder: runlog.RunFolder) -> Training:
+def _set_up(config: TrainConfig, mesh: mw.Mesh, folder: runlog.RunFolder, heart: heartbeat.Heart) -> Training:
     _log_to(folder, mesh.rank)
     plan = mw.Plan.from_dict(config.plan)
     if config.model.weights:
@@ -105,7 +120,7 @@ def _set_up(config: TrainConfig, mesh: mw.Mesh, folder: runlog.RunFolder) -> Tra
         mesh.data_size,
         prepare.vocab_size(model),
     )
-    return Training(config, mesh, plan, folder, model, optim.make_optimizer(model, config.optim), sampler)
+    return Training(config, mesh, plan, folder, model, optim.make_optimizer(model, config.optim), sampler, heart)
 
 
 def _choose_folder(config: TrainConfig, folder: str | None) -> str:
@@ -146,22 +161,33 @@ def _resume(training: Training, checkpoint: str) -> None:
 # ---- steps
 
 
-def _steps(training: Training, metrics: runlog.Metrics | None, reporter: progress.Reporter) -> None:
+def _steps(training: Training, metrics: runlog.Metrics | None, reporter: progress.Reporter) -> bool:
+    """The steps that are left; returns whether SIGTERM ended them before the last, after a checkpoint."""
     config = training.config
+    wish = stopping.StopWish(env.logs_of_ranks(), training.mesh.rank)
     while training.steps_done < config.steps:
         line = _step(training)
         if metrics is not None:
             metrics.add(line)
         reporter.step(line)
         every, done = config.checkpoint.every, training.steps_done
-        if done == config.steps or (every and done % every == 0):
+        stop = agreement.any_rank(training.mesh, wish.asked)
+        if stop or done == config.steps or (every and done % every == 0):
+            training.heart.beat(done, "the checkpoint")
             _save(training, metrics)
+        if stop and done < config.steps:
+            reporter.say(f"stop    SIGTERM: saved after step {done} of {config.steps}; resume=auto goes on from there")
+            wish.wait(SECONDS_TO_BE_ASKED)
+            return True
+    wish.end()
+    return False
 
 
 def _step(training: Training) -> dict[str, Any]:
     """One optimizer step; returns its line of metrics.jsonl."""
     config, started = training.config, time.perf_counter()
     step = training.steps_done + 1
+    training.heart.beat(step, "the forward and backward pass")
     _seed_step(config.seed, step, training.mesh.data_rank)
     batch = {name: ids.to(training.mesh.device) for name, ids in training.sampler.batch(training.position).items()}
     rate = optim.learning_rate(step, config.steps, config.optim)
@@ -169,14 +195,15 @@ def _step(training: Training) -> dict[str, Any]:
 
     loss = float(mw.forward_backward(training.model, batch, microbatches=config.microbatches))
     norm = float(mw.clip_grad_norm_(training.model, config.optim.clip_norm or math.inf))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RuntimeError(
-            f"step {step}: loss {loss}, gradient norm {norm}. The run diverged: lower optim.lr or raise "
-            "optim.warmup_steps, and resume from the last checkpoint."
-        )
-    training.optimizer.step()
+    training.heart.beat(step, "the update")
+    skipped = agreement.any_rank(training.mesh, not (math.isfinite(loss) and math.isfinite(norm)))
+    if skipped:
+        _note_skip(training, step, loss, norm)  # raises where the run must end
+    else:
+        training.skips_in_a_row = 0
+        training.optimizer.step()
     training.optimizer.zero_grad()
-    if config.optim.router_bias_rate:
+    if config.optim.router_bias_rate and not skipped:
         mw.update_router_bias(training.model, config.optim.router_bias_rate)
 
     load = _global_load(training)
@@ -185,9 +212,24 @@ def _step(training: Training) -> dict[str, Any]:
     num_tokens = config.batch_size * config.data.seq_length
     line: dict[str, Any] = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=_balance(load))
     line |= dict(tokens=step * num_tokens, seconds=round(seconds, 4), tokens_per_second=round(num_tokens / seconds, 1))
+    if skipped:
+        line |= dict(loss=None, grad_norm=None, skipped=True)  # JSON has no NaN
     if load and (step % config.log.load_every == 0 or step == 1):
         line["load"] = load
     return line
+
+
+def _note_skip(training: Training, step: int, loss: float, norm: float) -> None:
+    """Says on every rank that the step is left out. Raises RuntimeError where the config wants the run to end."""
+    config = training.config
+    training.skips_in_a_row += 1
+    found = f"step {step}: loss {loss}, gradient norm {norm}"
+    remedy = "Lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint."
+    if config.on_nan == "stop":
+        raise RuntimeError(f"{found} on a rank. The run diverged. {remedy} Or set on_nan=skip.")
+    if (in_a_row := training.skips_in_a_row) > config.max_skips:
+        raise RuntimeError(f"{found}: {in_a_row} such steps in a row, more than max_skips={config.max_skips}. {remedy}")
+    logger.warning("%s: left out, %d in a row", found, training.skips_in_a_row)
 
 
 def _seed_step(seed: int, step: int, data_rank: int) -> None:
@@ -272,6 +314,10 @@ def _greet(reporter: progress.Reporter, training: Training, checkpoint: str | No
 
 
 def _farewell(training: Training, lines: list[dict[str, Any]], report: ParityReport | None) -> None:
+    num_steps = len(lines)
+    lines = [line for line in lines if line["loss"] is not None]
+    if len(lines) < num_steps:
+        print(f"skipped {num_steps - len(lines)} of {num_steps} steps, whose loss or gradient was not finite")
     if lines:
         speed = sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]
         print(f"loss    {lines[0]['loss']:.4f} -> {lines[-1]['loss']:.4f} in {len(lines)} steps, {speed:,.0f} tokens/s")
@@ -309,27 +355,3 @@ def _log_to(folder: runlog.RunFolder, rank: int) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False
-
-
-# ---- agreement
-
-
-def _from_rank_0(decide: Any) -> Any:
-    """What `decide()` gives on rank 0, on every rank. What it raises is raised on every rank."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [decide(), None]
-        except (ValueError, RuntimeError, OSError) as error:
-            answer = [None, error]
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def _from_rank_0_only(make: Any) -> Any:
-    """`make()` on rank 0, None elsewhere; what it raises is raised on every rank."""
-    made: list[Any] = []
-    _from_rank_0(lambda: made.append(make()))
-    return made[0] if made else None

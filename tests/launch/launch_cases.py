@@ -1,7 +1,10 @@
 """Programs with a fault put in, for the tests that they notice."""
 
+import itertools
+import math
 import os
 import signal
+import time
 
 from moeweave.launch import env, train, trainer, verify
 from moeweave.parallel import verify as proof
@@ -36,3 +39,48 @@ def lose_a_rank_once():
         return honest(training)
 
     trainer._step = step
+
+
+def sleep_once():
+    """Rank 1 sleeps in its third step, at the first attempt."""
+    _in_step(lambda: time.sleep(600), step=3)
+
+
+def freeze_once():
+    """Rank 1 is stopped in its third step, as by a debugger, at the first attempt."""
+    _in_step(lambda: os.kill(os.getpid(), signal.SIGSTOP), step=3)
+
+
+def _in_step(fault, step):
+    honest = trainer._step
+
+    def faulty(training):
+        ranks = env.launched_ranks()
+        if training.steps_done == step - 1 and ranks.rank == 1 and ranks.restarts == 0:
+            fault()
+        return honest(training)
+
+    trainer._step = faulty
+
+
+def nan_on_one_rank():
+    """Rank 1 alone finds a loss that is no number in the steps 3 and 4."""
+    honest = trainer.mw.forward_backward
+    calls = itertools.count(1)
+
+    def faulty(*arguments, **options):
+        loss = honest(*arguments, **options)
+        return loss * math.nan if next(calls) in (3, 4) and env.launched_ranks().rank == 1 else loss
+
+    trainer.mw.forward_backward = faulty
+
+
+def slow_steps():
+    """Every step takes a third of a second longer."""
+    honest = trainer._step
+
+    def slow(training):
+        time.sleep(0.33)
+        return honest(training)
+
+    trainer._step = slow
