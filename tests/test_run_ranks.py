@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -185,20 +186,26 @@ def test_block():
 
 
 @pytest.fixture
-def session(tmp_path):
+def short():
+    """A temporary folder with a short name: paths of sockets end at 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield folder
+
+
+@pytest.fixture
+def session(tmp_path, short):
     """Starts a test session of its own on one of the tests above; gives the process and its folder of notes."""
     (tmp_path / "test_session.py").write_text(SESSION)
     (tmp_path / "conftest.py").write_text(
         "from run_ranks import close_pools\ndef pytest_unconfigure(): close_pools()\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    (tmp_path / "tmp").mkdir()
     notes = tmp_path / "notes"
     notes.mkdir()
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         "NOTES": str(notes),
-        "TMPDIR": str(tmp_path / "tmp"),
+        "TMPDIR": short,
     }
     started = []
 
@@ -221,7 +228,7 @@ def runs(pid: int) -> bool:
     return state != "Z"  # dead, and not yet waited for by whoever inherited it
 
 
-def assert_gone(notes: Path) -> None:
+def assert_gone(notes: Path, short: str) -> None:
     """Every noted process ends within seconds, and the temporary folder of the session is empty."""
     pids = [int(note.name) for note in notes.iterdir() if note.name.isdigit()]
     assert len(pids) == 3
@@ -229,19 +236,19 @@ def assert_gone(notes: Path) -> None:
     while alive := [pid for pid in pids if runs(pid)]:
         assert time.monotonic() < deadline, f"still alive: {alive}"
         time.sleep(0.1)
-    assert [str(path) for path in (notes.parent / "tmp").glob("ranks-*")] == []
+    assert [str(path) for path in Path(short).glob("ranks-*")] == []
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
-def test_nothing_is_left_after_a_session(session):
+def test_nothing_is_left_after_a_session(session, short):
     process, notes = session("test_pass")
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 0, output
-    assert_gone(notes)
+    assert_gone(notes, short)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
-def test_nothing_is_left_when_the_session_is_killed(session):
+def test_nothing_is_left_when_the_session_is_killed(session, short):
     process, notes = session("test_block")
     deadline = time.monotonic() + 100
     while not (notes / "blocked").exists() or len(list(notes.iterdir())) < 4:
@@ -250,4 +257,4 @@ def test_nothing_is_left_when_the_session_is_killed(session):
         time.sleep(0.1)
     process.kill()
     process.wait()
-    assert_gone(notes)
+    assert_gone(notes, short)

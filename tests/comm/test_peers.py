@@ -46,6 +46,7 @@ def rank_main(rank: int, folder: str, timeout: float, fate: str, pipe: connectio
 
     for _ in range(2):
         step()
+    dist.barrier()  # nobody is still in a whole step when rank 0 meets its fate
     pipe.send("ready")
     start = time.monotonic()
     if rank == 0 and fate != "alive":
