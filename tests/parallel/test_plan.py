@@ -88,7 +88,7 @@ def test_a_key_like_no_other_is_refused_with_all_of_them() -> None:
         (dict(recompute="yes"), "Plan.recompute ('yes') must be one of False, True."),
         (
             dict(dispatcher="deepep"),
-            "dispatcher ('deepep') must be one of alltoall, allgather, onesided, ascend, auto.",
+            "dispatcher ('deepep') must be one of alltoall, allgather, onesided, hierarchical, ascend, auto.",
         ),
         (dict(dispatcher="alltoall", combine="prereduced"), "combine ('prereduced') must be one of exact"),
         (dict(codec="fp9"), "codec ('fp9') must be one of none, fp8, fp8_e5m2, int8. Did you mean 'fp8'?"),
