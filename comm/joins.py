@@ -23,7 +23,8 @@ class JoinArrived(torch.autograd.Function):
         format, scale = gradient
         sizes = dict(num_tokens=layout.num_tokens, top_k=layout.top_k)
         save_moves(ctx, layout.moves, **sizes, group=layout.group, format=format, scale=scale)
-        return rows_RD
+        # Detached: autograd takes what is handed through as it is for a view, which a model may not add to in place.
+        return rows_RD.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
@@ -63,7 +64,7 @@ class JoinPrereduced(torch.autograd.Function):
         assert layout.route_R is not None and layout.max_tokens is not None
         others = (weights_R, layout.route_R, layout.max_tokens, *layout.moves)
         save_prereduced(ctx, rows_RD, weights_TK, others, (layout.group, *gradient))
-        return summed_TD
+        return summed_TD.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,9 +21,20 @@ from torch.distributed.fsdp import FSDPModule
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.overlap import LaneLocal, least_of_ranks, run_lanes
 from moeweave.parallel.data import no_sync, not_last
+from moeweave.parallel.hf.capture import records_are_shared
+from moeweave.parallel.plan import Plan
 from moeweave.parallel.record import Record
 
 T = TypeVar("T")
+
+
+def refuse_lanes(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError where several passes of `model` cannot be under way at once."""
+    if plan.overlap == "microbatch" and records_are_shared(model):
+        raise ValueError(
+            f"Plan.overlap ('microbatch') runs several passes of {type(model).__name__} in turns, and this release of "
+            "transformers records their router logits in one place. Install transformers>=5.2, or set overlap=None."
+        )
 
 
 def agree_on_lanes(batch: dict[str, Any], parts: int, record: Record) -> int:

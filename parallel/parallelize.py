@@ -20,6 +20,7 @@ from moeweave.parallel.generate import install_lockstep
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.microbatch import refuse_lanes
 from moeweave.parallel.pipeline import Pipeline
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.prefill import install_prefill
@@ -76,6 +77,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     _refuse_with_etp(model, blocks, mesh)
     _refuse_with_sequence(mesh, plan)
     refuse_three_stream(mesh, plan)
+    refuse_lanes(base_model(model), plan)
     _refuse_split_ties(model, blocks, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)

@@ -164,7 +164,8 @@ class _Arrived(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, rows_RD: Tensor, top_k: int, moves: AnyMoves, settings: Settings) -> Tensor:
         save_dispatch(ctx, x_TD, top_k, moves.tensors, settings)
-        return rows_RD
+        # Detached: autograd takes what is handed through as it is for a view, which a model may not add to in place.
+        return rows_RD.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,7 +201,7 @@ class _ReturnedSums(torch.autograd.Function):
         settings: Settings,
     ) -> Tensor:
         save_sums(ctx, rows_RD, weights_TK, weights_R, moves.tensors, settings)
-        return y_TD
+        return y_TD.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:

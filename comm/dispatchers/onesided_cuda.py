@@ -252,7 +252,8 @@ class _Arrived(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, rows_RD: Tensor, moves: CudaMoves, settings: CudaSettings) -> Tensor:
         save_dispatch(ctx, list(moves), settings)
-        return rows_RD
+        # Detached: autograd takes what is handed through as it is for a view, which a model may not add to in place.
+        return rows_RD.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
@@ -268,7 +269,7 @@ class _Returned(torch.autograd.Function):
         settings: CudaSettings,
     ) -> Tensor:  # fmt: skip
         save_combine(ctx, rows_RD, weights_TK, weights_R, list(moves), settings)
-        return y_TD
+        return y_TD.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
