@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _measure, config, args.what, args.rounds, folder, num_ranks=RANKS[args.what], log_dir=Path(folder, "logs")
         )
     result = summarise(seconds, config.batch_size * config.data.seq_length)
-    result |= {"what": args.what, "rounds": args.rounds, "config": asdict(config), **_provenance()}
+    result |= {"what": args.what, "rounds": args.rounds, "config": asdict(config), **runlog.provenance()}
     console.print(_table(result))
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
@@ -167,11 +166,6 @@ def summarise(seconds: dict[str, list[float]], tokens: int, seed: int = 0) -> di
         ratios[name] = {"ratio": float(np.exp(logs.mean())), "low": float(low), "high": float(high)}
     speeds = {name: tokens / float(np.median(times)) for name, times in seconds.items()}
     return {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds}
-
-
-def _provenance() -> dict[str, Any]:
-    git = runlog.git_state(Path(__file__).resolve().parent)
-    return {"device": {"cpu": runlog.processor(), "cores": os.cpu_count()}, "versions": runlog.versions(), "git": git}
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -157,6 +157,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def provenance() -> dict[str, Any]:
+    """What a figure measured on CPU ranks is kept with: {device: {cpu, cores}, versions, git}."""
+    git = git_state(Path(__file__).resolve().parent)
+    return {"device": {"cpu": processor(), "cores": os.cpu_count()}, "versions": versions(), "git": git}
+
+
 def processor() -> str:
     """The CPU's name, as the system gives it."""
     path = Path("/proc/cpuinfo")

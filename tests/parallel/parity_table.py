@@ -6,7 +6,6 @@ architecture that should pass does not.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
@@ -130,14 +129,15 @@ def main() -> int:
     chosen = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Ranks import the function by its module's name, which is not __main__.
+    from moeweave.launch import runlog
     from parity_table import rows
 
     table = rows(chosen.only)
     passed = sorted({row["architecture"] for row in table} - {r["architecture"] for r in table if not r.get("ok")})
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+    result = {**runlog.provenance(), "rows": table}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": table}, indent=1) + "\n")
-    on = ", ".join(f"{package} {version}" for package, version in versions.items())
+    chosen.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    on = ", ".join(f"{package} {result['versions'][package]}" for package in ("torch", "transformers"))
     heading = f"{len(passed)} of {len(chosen.only)} architectures pass, fp32, {on}."
     chosen.out.with_suffix(".md").write_text(f"{heading}\n\n{markdown(table)}\n")
     print(heading)
