@@ -82,7 +82,10 @@ def open_checkpoint(path: Path) -> CheckpointFolder:
         )
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}, this version of moeweave reads {FORMAT}.")
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}, this version of moeweave reads {FORMAT}. Load it with the "
+            "version that saved it, and export the model from there with save_pretrained."
+        )
     for name, expected in manifest["files"].items():
         file = path / name
         found = file.stat().st_size if file.exists() else None
@@ -146,7 +149,7 @@ def read_index(path: Path) -> Metadata:
     pickled = [name for name, one in metadata.state_dict_metadata.items() if not isinstance(one, TensorStorageMetadata)]
     if pickled:
         raise CheckpointError(
-            f"{path / INDEX} lists pickled objects ({pickled[0]}), which moeweave never saves or reads."
+            f"{path / INDEX} lists pickled objects ({pickled[0]}), which moeweave never saves or reads. {_remedy(path)}"
         )
     return metadata
 

@@ -139,7 +139,7 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
     if mesh.loss_size > 1 and plan.data == "ddp":
         raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
     if plan.grad_sync != "last":
-        raise ValueError(f"Plan.grad_sync ({plan.grad_sync!r}) must be 'last' under pp ({mesh.sizes.pp}).")
+        raise ValueError(f"Plan.grad_sync ({plan.grad_sync!r}) must be 'last' under pp ({mesh.sizes.pp}), or set pp=1.")
     if plan.aux != "global":
         raise ValueError(f"Plan.aux ({plan.aux!r}) must be 'global' under pp ({mesh.sizes.pp}), or set pp=1.")
     if not hasattr(model, "base_model_prefix") and not getattr(model, "chained_layers", False):
@@ -181,7 +181,10 @@ def _refuse_with_tp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: 
     if tp > 1 and plan.data == "ddp":
         raise ValueError(f"tp ({tp}) needs Plan(data='fsdp2'): DDP cannot hold split parameters.")
     if tp > 1 and base_model(model) is not model:
-        raise ValueError(f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split.")
+        raise ValueError(
+            f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split. Set tp=1, or "
+            "merge_and_unload() the adapters."
+        )
 
 
 def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
@@ -206,7 +209,8 @@ def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> No
         raise ValueError(f"etp ({etp}) needs experts, and {type(model).__name__} has none. Set etp=1.")
     if base_model(model) is not model:
         raise ValueError(
-            f"etp ({etp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split."
+            f"etp ({etp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split. Set etp=1, "
+            "or merge_and_unload() the adapters."
         )
     for block in blocks:
         check_width(block, etp, mesh.sizes.edp)
