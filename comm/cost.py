@@ -1,10 +1,10 @@
 """What a dispatch costs in closed form: rows and bytes that leave a rank, and the time that they take.
 
 Routing is uniform: each token picks K distinct experts of E. A token then needs an expert of a part of n experts with
-chance 1 - C(E - n, K) / C(E, K), whatever the other parts. A time is the sum of what a
-dispatch does one after the other: messages to other nodes are started, bytes cross a node's network link, bytes are
-copied inside a node. The model knows no congestion, no skew, no overlap of the three
-and no time to code and decode rows, which on a CPU shows in an all-gather: it decodes every token of the group.
+chance 1 - C(E - n, K) / C(E, K), whatever the other parts. A time is the sum of what a dispatch does one after the
+other: messages to other nodes are started, bytes cross a node's network link, bytes are copied inside a node. The model
+knows no congestion, no skew, no overlap of the three and no time to code and decode rows, which on a CPU shows in an
+all-gather: it decodes every token of the group.
 
 Legend: T tokens a rank, D width, K routes a token, E experts, W ranks, M nodes, L ranks of a node.
 """

@@ -1,0 +1,1 @@
+"""What the programs read: Hydra groups, YAML only."""

@@ -1,0 +1,1 @@
+"""Programs: the only place that reads the command line, the environment and YAML."""

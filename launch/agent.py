@@ -1,4 +1,4 @@
-"""One agent a host: torchrun, with stores that listen on one address and one readable line for what failed.
+"""One agent a host: torchrun with its stores on one address, and one readable line for what failed.
 
 `python -m moeweave.launch.agent <torchrun's options> <script or -m module> <its arguments>`. torchrun's options also
 come by its environment variables (PET_NNODES, PET_RDZV_ENDPOINT, ...), which keeps the job's token off command lines

@@ -47,7 +47,7 @@ WHOLE_CONFIGS = (
 
 
 def run(program: Program, body: Callable[[Arguments], int], argv: Sequence[str] | None = None) -> int:
-    """Runs `body` and returns the exit code; errors become what a person can read."""
+    """Runs `body`, usually `starting(...)`, and returns the exit code; errors become what a person can read."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
         print(help_text(program))
@@ -89,6 +89,24 @@ def _read(arguments: list[str]) -> Arguments:
     return Arguments(tuple(overrides), config_dir, show_config, config_file, multirun)
 
 
+def starting(program: Program, start: Callable[[Any], int]) -> Callable[[Arguments], int]:
+    """The body of a program that runs one checked config: `start(config)`, a sweep of it, or the config printed."""
+
+    def body(arguments: Arguments) -> int:
+        if arguments.multirun:
+            # Imported here: the sweep imports this module.
+            from moeweave.launch import sweep
+
+            return sweep.run(program, start, arguments)
+        config = config_of(program, arguments)
+        if arguments.show_config:
+            print(compose.to_yaml(config), end="")
+            return 0
+        return start(config)
+
+    return body
+
+
 def config_of(program: Program, arguments: Arguments) -> Any:
     """The config that argv asks for, checked: a whole file, or composed from groups and key=value arguments."""
     if arguments.config_file is not None:
@@ -110,7 +128,9 @@ def _fail(program: Program, message: str, code: int) -> int:
 
 def help_text(program: Program) -> str:
     """Usage, worked command lines, groups, and every field with its default and the comment above it in YAML."""
-    lines = [f"usage: {program.name} [--help] [--cfg] [--config-dir DIR] [key=value ...]", "", program.summary, ""]
+    whole = " [--config FILE] [--multirun]" if program.whole_configs else ""
+    usage = f"usage: {program.name} [--help] [--cfg]{whole} [--config-dir DIR] [key=value ...]"
+    lines = [usage, "", program.summary, ""]
     lines += ["examples:"]
     for command, meaning in program.examples:
         lines += [f"  {command}", f"      {meaning}"]
@@ -137,13 +157,17 @@ def help_text(program: Program) -> str:
             fields += _fields((compose.CONFIGS / name / f"{option}.yaml").read_text(), f"{name}.")
     lines += _shown(fields)
     for option in options["launcher"] if "launcher" in chosen else []:
-        own = _fields((compose.CONFIGS / "launcher" / f"{option}.yaml").read_text(), "launcher.")
-        lines += [
-            "",
-            f"fields with launcher={option}:",
-            *_shown([field for field in own if field[0] != "launcher.kind"]),
-        ]
+        lines += _launcher_help(option)
     return "\n".join(lines)
+
+
+def _launcher_help(option: str) -> list[str]:
+    """The fields that `launcher=option` adds; of a preset, which builds on another launcher, what it sets."""
+    text = (compose.CONFIGS / "launcher" / f"{option}.yaml").read_text()
+    if base := re.search(r"^  - (\w+)@launcher$", text, re.MULTILINE):
+        return ["", f"launcher={option} is launcher={base[1]} with:", *_shown(_fields(text, ""))]
+    fields = [field for field in _fields(text, "launcher.") if field[0] != "launcher.kind"]
+    return ["", f"fields with launcher={option}:", *_shown(fields)] if fields else []
 
 
 def _shown(fields: list[tuple[str, str, str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every environment variable that moeweave reads, read here and, but for HCCL's own, nowhere else.
+"""Every environment variable that moeweave reads, read here and nowhere else (but for HCCL's own).
 
 | Variable                   | Set by        | Meaning here                                                         |
 |----------------------------|---------------|----------------------------------------------------------------------|

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -163,18 +164,20 @@ def _suggested(suggestions: list[Suggestion], arguments: argparse.Namespace) -> 
         f"Meshes of {arguments.world} ranks, {arguments.memory:g} GiB each, "
         f"{arguments.tokens:,} tokens a step: estimates (see moeweave/parallel/suggest.py)"
     )
-    columns = ("mesh", "recompute", "micro-batches", "memory", "states", "bubble", "sent by a rank in a step", "step")
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), show_lines=True)
+    # A line for each axis: the table fits a terminal of 80 columns.
+    for name in ("mesh", "sent by a rank"):
+        table.add_column(name, no_wrap=True)
+    for name in ("micro-\nbatches", "memory", "states", "bubble", "step"):
+        table.add_column(name, no_wrap=True, justify="right")
     for each in suggestions:
-        sent = ", ".join(f"{axis} {report.gib(count)}" for axis, count in each.sent.items())
         table.add_row(
-            report.shown(each.sizes),
-            "yes" if each.plan.recompute else "no",
+            report.shown(each.sizes).replace(", ", "\n") + "\nrecompute" * each.plan.recompute,
+            "\n".join(f"{axis} {report.gib(count)}" for axis, count in each.sent.items()),
             str(each.microbatches),
             report.gib(each.memory),
             report.gib(each.states),
             f"{each.bubble:.0%}",
-            sent,
             f"{each.seconds * 1e3:,.0f} ms",
         )
     return table

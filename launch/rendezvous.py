@@ -1,4 +1,4 @@
-"""Where ranks meet: torch elastic's c10d rendezvous, listening on one address only and with a new store for each start.
+"""Where ranks meet: torch elastic's c10d rendezvous, on one address, with a new store for each start.
 
 torch's own stores listen on every address of the machine, and a store that outlives a restart makes restarted ranks
 wait at the addresses of the ranks before them (pytorch#135712, pytorch#108158): of 5 restarts over two machines none

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from moeweave.launch import cli, compose, elastic, env, prepare, remesh, runlog, sweep
+from moeweave.launch import cli, elastic, env, prepare, remesh, runlog
 from moeweave.launch.schema import ConfigError, TrainConfig
 
 PROGRAM = cli.Program(
@@ -32,17 +32,7 @@ PROGRAM = cli.Program(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run(PROGRAM, _body, argv)
-
-
-def _body(arguments: cli.Arguments) -> int:
-    if arguments.multirun:
-        return sweep.run(PROGRAM, start, arguments)
-    config = cli.config_of(PROGRAM, arguments)
-    if arguments.show_config:
-        print(compose.to_yaml(config), end="")
-        return 0
-    return start(config)
+    return cli.run(PROGRAM, cli.starting(PROGRAM, start), argv)
 
 
 def start(config: TrainConfig) -> int:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import moeweave as mw
-from moeweave.launch import cli, compose, elastic, env, prepare, sweep
+from moeweave.launch import cli, elastic, env, prepare
 from moeweave.launch.report import shown
 from moeweave.launch.schema import BatchConfig, ConfigError, VerifyConfig
 from moeweave.parallel.verify import ParityReport, gradient_parity
@@ -46,17 +46,7 @@ PROGRAM = cli.Program(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 equal, 1 not, 2 the config cannot run."""
-    return cli.run(PROGRAM, _body, argv)
-
-
-def _body(arguments: cli.Arguments) -> int:
-    if arguments.multirun:
-        return sweep.run(PROGRAM, start, arguments)
-    config = cli.config_of(PROGRAM, arguments)
-    if arguments.show_config:
-        print(compose.to_yaml(config), end="")
-        return 0
-    return start(config)
+    return cli.run(PROGRAM, cli.starting(PROGRAM, start), argv)
 
 
 def start(config: VerifyConfig) -> int:

@@ -1,11 +1,27 @@
 """Distributed MoE parallelism for PyTorch: `import moeweave as mw`.
 
-Mesh          which ranks do what: dp, tp, pp, sp, ep
-Plan          policy: data engine, dispatcher, codec, balance loss, compute dtype, recomputation
-Codec         how rows are quantised before they are sent, one format an exchange
-parallelize   spread a Hugging Face or plain model over a mesh, in place
-suggest       meshes that hold a model, by estimated memory and communication
-save, load    training checkpoints that another mesh can read; from_pretrained, save_pretrained: Hugging Face folders
+Spread a model
+    Mesh                which ranks do what: dp, tp, pp, sp, ep, etp, dp_replicate
+    Plan, Codec         policy: data engine, dispatcher, overlap, ...; how rows are quantised before they are sent
+    parallelize         spread a Hugging Face or plain model over a mesh, in place
+    from_pretrained     build a Hugging Face model on a mesh, each rank reading its own shards; save_pretrained: back
+    MoELayer            a mixture-of-experts layer: router, experts, shared experts
+    register_moe        say, by an MoEAdapter, how a block is cut whose experts `parallelize` does not find; what cannot
+                        be wrapped is an UnsupportedModel
+    suggest             meshes that hold a model, each a Suggestion, on the given Hardware
+
+Train it
+    prepare_optimizer   hand the optimizer to the plan's engine; param_groups: what to build it over
+    forward_backward    loss and gradients of the whole batch, on every mesh and engine
+    clip_grad_norm_     one true global norm
+    global_tokens       labels of all ranks, the denominator of a plain model's loss
+    no_sync             backward passes inside accumulate gradients without reducing them
+    replay_routing      `context_fn` of torch.utils.checkpoint that keeps the routes of the first pass
+    expert_load         routes per expert since the last reset; update_router_bias: bias updates without a loss
+
+Keep and prove it
+    save, load, latest  training checkpoints that another mesh can read; load gives a LoadedState; CheckpointError
+    gradient_parity     loss and every gradient of a step against one process, as a ParityReport
 """
 
 from moeweave.kernels_ext.cann import set_torch_npu_aside

@@ -83,9 +83,9 @@ def register_moe(cls: type[nn.Module], adapter: MoEAdapter) -> None:
         >>> mw.register_moe(MyBlock, mw.MoEAdapter("experts", lambda block, x: block.top_k(x)))
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"register_moe needs an nn.Module class, got {cls!r}.")
+        raise TypeError(f"register_moe needs an nn.Module class, got {cls!r}. Pass the class of the block.")
     if not isinstance(adapter, MoEAdapter):
-        raise TypeError(f"register_moe needs a MoEAdapter for {cls.__name__}, got {type(adapter).__name__}.")
+        raise TypeError(f"register_moe needs a MoEAdapter for {cls.__name__}, got {type(adapter).__name__}. Pass one.")
     _REGISTERED[cls] = adapter
 
 
@@ -123,12 +123,14 @@ def _as_block(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> Mo
         if experts is None:
             raise UnsupportedModel(
                 f"{path} ({type(module).__name__}) has no {adapter.experts}, which the adapter registered for "
-                f"{type(module).__name__} names as the list of experts."
+                f"{type(module).__name__} names as the list of experts. "
+                f"Set MoEAdapter.experts to the name of a ModuleList of {type(module).__name__}."
             )
         if not isinstance(experts, nn.ModuleList):
             raise UnsupportedModel(
                 f"{path}.{adapter.experts} ({type(experts).__name__}) must be a ModuleList: the adapter registered for "
-                f"{type(module).__name__} names it as the list of experts."
+                f"{type(module).__name__} names it as the list of experts. "
+                "Set MoEAdapter.experts to the name of one."
             )
         where = f"{path}.{adapter.experts}".lstrip(".")
         return MoEBlock(where, experts, "modulelist", len(experts), (), path, adapter=adapter)
@@ -163,7 +165,8 @@ def _kind(path: str, module: nn.Module) -> tuple[str, int, tuple[str, ...]]:
     sizes = {name: param.shape[0] for name, param in own.items() if name in params or param.dim() == 3}
     if len(set(sizes.values())) != 1:
         raise UnsupportedModel(
-            f"{path} ({type(module).__name__}): its expert parameters disagree on the number of experts: {sizes}."
+            f"{path} ({type(module).__name__}): its expert parameters disagree on the number of experts: {sizes}. "
+            "Register the block around it with moeweave.register_moe."
         )
     num_experts = next(iter(sizes.values()))
     nested = [(name, param) for name, param in module.named_parameters() if name not in own]

@@ -26,6 +26,7 @@ from moeweave.parallel.staging import sync
 logger = logging.getLogger("moeweave")
 MANIFEST, COMPLETE, INDEX = "moeweave.json", "complete", ".metadata"
 FORMAT = 1
+REMEDY = "Copy the checkpoint again, or load another one."
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,19 @@ def open_checkpoint(path: Path) -> CheckpointFolder:
             f"{path} is incomplete: its save was interrupted. Load an earlier one ({_newest_beside(path)})."
         )
     if (path / COMPLETE).read_text().strip() != checksum(path / MANIFEST):
-        raise CheckpointError(
-            f"{path / MANIFEST} is damaged: its checksum is not that in {COMPLETE!r}. {_remedy(path)}"
-        )
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not that in {COMPLETE!r}. {REMEDY}")
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}, this version of moeweave reads {FORMAT}.")
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}, this version of moeweave reads {FORMAT}. Load it with the "
+            "version that saved it, and export the model from there with save_pretrained."
+        )
     for name, expected in manifest["files"].items():
         file = path / name
         found = file.stat().st_size if file.exists() else None
         if found != expected["bytes"]:
             state = "is missing" if found is None else f"has {found} bytes, expected {expected['bytes']}"
-            raise CheckpointError(f"{file} {state}. {_remedy(path)}")
+            raise CheckpointError(f"{file} {state}. {REMEDY}")
     return CheckpointFolder(path, manifest)
 
 
@@ -96,9 +98,7 @@ def check_checksum(folder: CheckpointFolder, name: str) -> None:
     """Raises CheckpointError when the bytes of a file are not those that were written."""
     found, expected = checksum(folder.path / name), folder.manifest["files"][name]["crc32"]
     if found != expected:
-        raise CheckpointError(
-            f"{folder.path / name} is damaged: checksum {found}, expected {expected}. {_remedy(folder.path)}"
-        )
+        raise CheckpointError(f"{folder.path / name} is damaged: checksum {found}, expected {expected}. {REMEDY}")
 
 
 def complete_in(parent: Path) -> list[CheckpointFolder]:
@@ -139,14 +139,14 @@ def read_index(path: Path) -> Metadata:
         KeyError,
     ) as error:
         raise CheckpointError(
-            f"{path / INDEX} cannot be read as the index of a checkpoint: {error}. {_remedy(path)}"
+            f"{path / INDEX} cannot be read as the index of a checkpoint: {error}. {REMEDY}"
         ) from error
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path / INDEX} is not the index of a checkpoint. {_remedy(path)}")
+        raise CheckpointError(f"{path / INDEX} is not the index of a checkpoint. {REMEDY}")
     pickled = [name for name, one in metadata.state_dict_metadata.items() if not isinstance(one, TensorStorageMetadata)]
     if pickled:
         raise CheckpointError(
-            f"{path / INDEX} lists pickled objects ({pickled[0]}), which moeweave never saves or reads."
+            f"{path / INDEX} lists pickled objects ({pickled[0]}), which moeweave never saves or reads. {REMEDY}"
         )
     return metadata
 
@@ -202,7 +202,3 @@ def _near(path: Path) -> str:
 def _newest_beside(path: Path) -> str:
     beside = complete_in(path.parent)
     return f"the newest complete one is {beside[-1].path}" if beside else "there is none beside it"
-
-
-def _remedy(path: Path) -> str:
-    return "Copy the checkpoint again, or load another one."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
@@ -70,8 +70,11 @@ def _piece(state: Mapping[str, Any], index: MetadataIndex) -> Tensor | None:
 class SavePlanner(dcp.DefaultSavePlanner):
     """torch's own, which writes shards in several pieces piece by piece."""
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        super().set_up_planner(*args, **kwargs)
+    # torch looks for the name storage_meta in the signature, and warns where it is missing.
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
         self.state_dict = _in_pieces(self.state_dict)
 
     def lookup_object(self, index: MetadataIndex) -> Any:

@@ -65,20 +65,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
             before any communication.
     """
     plan = plan or Plan()
-    _refuse_wrapped(model)
-    _refuse_with_zero(model, mesh, plan)
-    blocks = find_moe_blocks(model)
-    if mesh.sizes.ep > 1 and not blocks:
-        raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
-    for block in blocks:
-        mesh.sizes.check_experts(block.num_experts, block.path)
-        check_codec_width(block, plan)
-    _refuse_with_tp(model, blocks, mesh, plan)
-    _refuse_with_etp(model, blocks, mesh)
-    _refuse_with_sequence(mesh, plan)
-    refuse_three_stream(mesh, plan)
-    refuse_lanes(base_model(model), plan)
-    _refuse_split_ties(model, blocks, mesh, plan)
+    blocks = _find_and_check(model, mesh, plan)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
     sharing = SequenceSharing(model, blocks, mesh, plan) if shares_sequence(mesh.sizes, plan) else None
@@ -92,12 +79,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     if mesh.sizes.tp > 1:
         shards = sharing.layers if sharing is not None and plan.tp_sequence else None
         apply_tensor_parallel(model, blocks, mesh.dense["tp"], shards)
-    return_group = mesh.new_group("ep") if plan.overlap == "microbatch" and blocks else None
-    calls = [_wrap_block(model, block, mesh, plan, return_group) for block in blocks]
-    if plan.overlap == "three_stream" and blocks:
-        planes = PlanesOfModel(mesh)
-        for block, call in zip(blocks, calls, strict=True):
-            install_three_stream(model, block, call, planes.schedule(block.num_experts, top_k_of(model), plan))
+    calls = _wrap_blocks(model, blocks, mesh, plan)
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     record = Record(mesh, plan, blocks, calls, layers, top_k, _aux_coef(model))
     # peft calls the model it wraps past that model's hooks, and generates with it: everything goes onto the inner one.
@@ -122,6 +104,25 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     return model
 
 
+def _find_and_check(model: nn.Module, mesh: Mesh, plan: Plan) -> list[MoEBlock]:
+    """The model's MoE blocks, once all has been refused that mesh or plan cannot do with it."""
+    _refuse_wrapped(model)
+    _refuse_with_zero(model, mesh, plan)
+    blocks = find_moe_blocks(model)
+    if mesh.sizes.ep > 1 and not blocks:
+        raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
+    for block in blocks:
+        mesh.sizes.check_experts(block.num_experts, block.path)
+        check_codec_width(block, plan)
+    _refuse_with_tp(model, blocks, mesh, plan)
+    _refuse_with_etp(model, blocks, mesh)
+    _refuse_with_sequence(mesh, plan)
+    refuse_three_stream(mesh, plan)
+    refuse_lanes(base_model(model), plan)
+    _refuse_split_ties(model, blocks, mesh, plan)
+    return blocks
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
     for path, module in model.named_modules():
         parts = vars(module)
@@ -138,7 +139,7 @@ def _cut(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan, layou
     if mesh.loss_size > 1 and plan.data == "ddp":
         raise ValueError(f"Plan.data ('ddp') does not run under pp ({mesh.sizes.pp}). Use Plan(data='fsdp2').")
     if plan.grad_sync != "last":
-        raise ValueError(f"Plan.grad_sync ({plan.grad_sync!r}) must be 'last' under pp ({mesh.sizes.pp}).")
+        raise ValueError(f"Plan.grad_sync ({plan.grad_sync!r}) must be 'last' under pp ({mesh.sizes.pp}), or set pp=1.")
     if plan.aux != "global":
         raise ValueError(f"Plan.aux ({plan.aux!r}) must be 'global' under pp ({mesh.sizes.pp}), or set pp=1.")
     if not hasattr(model, "base_model_prefix") and not getattr(model, "chained_layers", False):
@@ -180,7 +181,10 @@ def _refuse_with_tp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: 
     if tp > 1 and plan.data == "ddp":
         raise ValueError(f"tp ({tp}) needs Plan(data='fsdp2'): DDP cannot hold split parameters.")
     if tp > 1 and base_model(model) is not model:
-        raise ValueError(f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split.")
+        raise ValueError(
+            f"tp ({tp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split. Set tp=1, or "
+            "merge_and_unload() the adapters."
+        )
 
 
 def _refuse_with_sequence(mesh: Mesh, plan: Plan) -> None:
@@ -205,10 +209,21 @@ def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> No
         raise ValueError(f"etp ({etp}) needs experts, and {type(model).__name__} has none. Set etp=1.")
     if base_model(model) is not model:
         raise ValueError(
-            f"etp ({etp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split."
+            f"etp ({etp}) must be 1 for a model with adapters ({type(model).__name__}): they are not split. Set etp=1, "
+            "or merge_and_unload() the adapters."
         )
     for block in blocks:
         check_width(block, etp, mesh.sizes.edp)
+
+
+def _wrap_blocks(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> list[ExpertCall]:
+    return_group = mesh.new_group("ep") if plan.overlap == "microbatch" and blocks else None
+    calls = [_wrap_block(model, block, mesh, plan, return_group) for block in blocks]
+    if plan.overlap == "three_stream" and blocks:
+        planes = PlanesOfModel(mesh)
+        for block, call in zip(blocks, calls, strict=True):
+            install_three_stream(model, block, call, planes.schedule(block.num_experts, top_k_of(model), plan))
+    return calls
 
 
 def _wrap_block(

@@ -1,4 +1,4 @@
-"""Sequences that ranks share: over `sp` for long contexts, and over `tp` between its matrix products (tp_sequence).
+"""Sequences that ranks share over `sp`, and over `tp` between matrix products (tp_sequence).
 
 Every rank is given the whole batch. The model computes embeddings, positions and masks of whole sequences as it always
 does; in front of the first layer each rank keeps its own positions, and goes on with these alone:

@@ -35,7 +35,9 @@ def stage(path: Path) -> Path:
                 remove_stale(path.parent)
                 staged.mkdir()
             except OSError as error:
-                raise CheckpointError(f"{path.parent} cannot be written to: {error}.") from error
+                raise CheckpointError(
+                    f"{path.parent} cannot be written to: {error}. Name another path, or make room."
+                ) from error
     with together():
         if not staged.is_dir():
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Megatron's sequence parallelism (arXiv 2205.05198): with `tp`, activations between matrix products are shards.
+"""Megatron's sequence parallelism: with `tp`, activations between matrix products are shards (arXiv 2205.05198).
 
 Between attention and MLPs each tp rank holds its own positions; norms, routers and experts run on these alone. A split
 attention or MLP gathers its input, computes its heads or columns for all positions, and sums the ranks' parts of the

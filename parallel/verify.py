@@ -31,11 +31,13 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Attributes:
-    loss, reference_loss, loss_error: of the wrapped model over ranks, of the unwrapped one, relative difference.
-    errors: relative error (||difference|| / ||reference||) of every parameter's gradient, by name.
-    norm, reference_norm, norm_error: global gradient norm by `clip_grad_norm_`, of the reference, relative difference.
-    tolerance: what `worst`, `loss_error` and `norm_error` must not exceed.
+    """What one step of the wrapped model and of the reference had in common.
+
+    Attributes:
+        loss, reference_loss, loss_error: of the wrapped model over ranks, of the unwrapped one, relative difference.
+        errors: relative error (||difference|| / ||reference||) of every parameter's gradient, by name.
+        norm, reference_norm, norm_error: global gradient norm by `clip_grad_norm_`, the reference's, difference.
+        tolerance: what `worst`, `loss_error` and `norm_error` must not exceed.
     """
 
     loss: float
@@ -107,16 +109,7 @@ def gradient_parity(
 
     dtype = plan.torch_dtype or next(p.dtype for p in reference.parameters() if p.is_floating_point())
     wanted = {name: param.grad for name, param in reference.named_parameters()}
-    local: dict[str, float] = {}
-    for name, param in named_params(wrapped).items():
-        want = wanted[name]
-        got = _whole_gradient(wrapped, param)
-        if got is None and want is None:
-            continue
-        local[name] = _error(got, want)
-    errors = _agree(local)
-    missing = {name for name, grad in wanted.items() if grad is not None} - set(errors)
-    errors.update(dict.fromkeys(missing, float("inf")))
+    errors = _gradient_errors(wrapped, wanted)
     grads = [grad for grad in wanted.values() if grad is not None]
     return ParityReport(
         loss=float(loss),
@@ -128,6 +121,18 @@ def gradient_parity(
         norm_error=_difference(norm, reference_norm),
         tolerance=TOLERANCE[dtype],
     )
+
+
+def _gradient_errors(wrapped: nn.Module, wanted: dict[str, Tensor | None]) -> dict[str, float]:
+    """Relative error of every gradient by name, the same on every rank; infinite for one that no rank has."""
+    local: dict[str, float] = {}
+    for name, param in named_params(wrapped).items():
+        got = _whole_gradient(wrapped, param)
+        if got is not None or wanted[name] is not None:
+            local[name] = _error(got, wanted[name])
+    errors = _agree(local)
+    missing = {name for name, grad in wanted.items() if grad is not None} - set(errors)
+    return errors | dict.fromkeys(missing, float("inf"))
 
 
 def _whole_gradient(model: nn.Module, param: nn.Parameter) -> Tensor | None:

@@ -1,7 +1,8 @@
 """The README's tree: `python tests/tree.py` brings it up to date, test_tree.py says when that is due.
 
-A file's phrase is the one that the README has; a file that is new there gets the first sentence of its docstring, or of
-its leading comment in YAML and CUDA.
+A file's phrase is the first sentence of its docstring, or of its leading comment in YAML and CUDA, so that it is
+written once. A folder speaks by its `__init__.py`; only what has no such text (groups of configs, the top level) keeps
+the phrase that stands in the README.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ def _walk(folder: Path) -> list[Path]:
     return [folder, *(found for path in entries for found in (_walk(path) if path.is_dir() else [path]))]
 
 
+def block() -> str:
+    """The tree as it stands in the README."""
+    return (ROOT / "README.md").read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
+
+
 def read_tree() -> dict[str, str]:
     """{path relative to the repository: phrase} of the README's tree; folders end in a slash."""
-    block = (ROOT / "README.md").read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
     named: dict[str, str] = {}
     parents: list[str] = []
-    for line in block.splitlines():
+    for line in block().splitlines():
         match = re.fullmatch(r"( *)(\S+) *(.*)", line)
         assert match, f"README tree: {line!r} is not `name  phrase`"
         depth = len(match[1]) // 2
@@ -62,14 +67,14 @@ def phrase_of(path: Path) -> str:
     first = re.split(r"\.(?:\s|$)", said.partition("\n\n")[0].replace("\n", " "))[0]
     while len(first) > LONGEST and (shorter := re.sub(r"[:;,(][^:;,(]*$", "", first)) != first:
         first = shorter.strip()
-    return first[:1].lower() + first[1:] if re.match(r"[A-Z][a-z]*[,:]? [^A-Z]", first) else first
+    return first
 
 
 def render() -> str:
     """The tree as it should be: top-level lines of the README as they are, package lines from what is on disk."""
     known = read_tree()
     top = {name: phrase for name, phrase in known.items() if name.split("/")[0] not in FOLDERS}
-    here = {name_of(path): known.get(name_of(path)) or phrase_of(path) for path in package_paths()}
+    here = {name_of(path): phrase_of(path) or known.get(name_of(path), "") for path in package_paths()}
     lines = []
     for name, phrase in ({"moeweave/": ""} | here | top).items():
         depth = name.rstrip("/").count("/")

@@ -1,4 +1,4 @@
-"""Which dispatcher moves the tokens: by name, or `auto` from sizes and measurements that every rank knows alike."""
+"""Which dispatcher moves the tokens: by name, or `auto` from what every rank knows alike."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import moeweave as mw
-from moeweave.launch import cli, compose, elastic, env, runlog, sweep
+from moeweave.launch import cli, elastic, env, runlog
 from moeweave.launch.bench import ablation, collectives, overlap, raw, report, routed, shapes, topology
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.measure import measure
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
-    return cli.run(PROGRAM, _body, arguments)
+    return cli.run(PROGRAM, cli.starting(PROGRAM, start), arguments)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,16 +82,6 @@ def _compare(arguments: list[str]) -> int:
         return 2
     print(text)
     return int(bad > 0)
-
-
-def _body(arguments: cli.Arguments) -> int:
-    if arguments.multirun:
-        return sweep.run(PROGRAM, start, arguments)
-    config = cli.config_of(PROGRAM, arguments)
-    if arguments.show_config:
-        print(compose.to_yaml(config), end="")
-        return 0
-    return start(config)
 
 
 def start(config: BenchConfig) -> int:

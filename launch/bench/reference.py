@@ -50,8 +50,11 @@ def merged(arguments: Sequence[str], given: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The worst exit code of the runs; 2 where the arguments cannot run."""
+    """Entry point; returns the worst exit code of the runs, 2 where the arguments cannot run."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in given or "--help" in given:
+        print(__doc__)
+        return 0
     values = dict(argument.partition("=")[::2] for argument in given)
     if not values.get("out"):
         return _refuse("out is missing. Write out=<folder>.")

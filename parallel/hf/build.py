@@ -186,7 +186,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         fields = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"model config {path} is not JSON ({error}).") from error
+        raise ValueError(f"model config {path} is not JSON ({error}). Name a config.json.") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ValueError(f"model config {path} has no field model_type, so its architecture is unknown. Add it.")
     config_class = _class_of(fields["model_type"])

@@ -76,11 +76,6 @@ def computed_buffers(twin: Any) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in twin.named_buffers() if name not in persistent}
 
 
-def tied_names(twin: Any) -> dict[str, str]:
-    """Names that the config ties to others: {tied name: name of the weight it shares}."""
-    return dict(getattr(twin, "all_tied_weights_keys", None) or {})
-
-
 def ignored_on_save(twin: Any) -> set[str]:
     return set(twin._keys_to_ignore_on_save or ())
 

@@ -1,4 +1,4 @@
-"""What torch functions make of lazy tensors where a box of the result is made of boxes of the arguments.
+"""What torch functions make of lazy tensors: results each of whose boxes is made of boxes of the arguments.
 
 A rule takes the function's arguments and returns its lazy result, or NotImplemented to have the function run whole.
 """

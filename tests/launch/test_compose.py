@@ -79,6 +79,19 @@ def test_help_shows_worked_commands_groups_and_every_field():
     assert "optim.lr=1.0e-3\n      Peak learning rate." in cli.help_text(train.PROGRAM)
 
 
+def test_help_names_the_fields_of_every_launcher_as_one_types_them():
+    text = cli.help_text(submit.PROGRAM)
+    for option in compose.groups()["launcher"]:
+        shown = re.search(rf"launcher={option}( is .*)?:\n((?:  .*\n?)*)", text)
+        typed = re.findall(r"^  ([\w.]+)=", shown[2], re.MULTILINE) if shown else []
+        assert option == "local" or typed
+        for name in typed:
+            found = compose.values(submit.PROGRAM.schema, "submit", [f"launcher={option}"])
+            for part in name.split("."):
+                assert part in found, f"launcher={option}: {name}"
+                found = found[part]
+
+
 def test_every_worked_command_of_the_help_composes(tmp_path):
     for program in (train.PROGRAM, verify.PROGRAM):
         for command, _ in program.examples:

@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -503,6 +504,13 @@ def test_works_without_ranks(tmp_path: Path) -> None:
     assert [(g["lr"], g["momentum"]) for g in other_optimizer.param_groups] == [(0.3, 0.5), (lr, 0.9)]
     with pytest.raises(CheckpointError, match="saved with other options"):
         load(tmp_path / "a", other, torch.optim.SGD([*other.experts.parameters(), *other.gate.parameters()], lr=0.1))
+
+
+def test_nothing_is_warned_of(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(tmp_path / "a", build("listed", 0))
+        load(tmp_path / "a", build("listed", 1))
 
 
 def test_packed_values_come_back() -> None:
