@@ -84,30 +84,21 @@ def _compare(arguments: list[str]) -> int:
     return int(bad > 0)
 
 
-def start(config: BenchConfig) -> int:
-    """Runs a checked config; returns the exit code."""
-    ranks = env.launched_ranks()
-    world = config.ranks if ranks is None else ranks.world
-    check(config, world, own_ranks=ranks is None)
-    on_cpu = config.device == "cpu" or not elastic.has_accelerator()
+def start(*configs: BenchConfig) -> int:
+    """Runs checked configs of as many ranks each, one after the other on the same ranks; returns the exit code."""
+    first, ranks = configs[0], env.launched_ranks()
+    world = first.ranks if ranks is None else ranks.world
+    for config in configs:
+        check(config, world, own_ranks=ranks is None)
     if ranks is not None:
-        lines = rank_main(config, world)
-    else:
-        logs = Path(tempfile.mkdtemp(prefix="moeweave-bench-"))
-        lines = elastic.start_ranks(rank_main, config, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
-        shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
-    if ranks is None or ranks.rank == 0:
-        print(report.table(lines, lines[0]["context"]))
-        if "topology" in config.ops:
-            told = "written" if lines[0]["topology"] else "not written, a result was wrong"
-            print(f"{told}: {config.topology}")
-        if config.out is not None:
-            report.write(lines, Path(config.out))
-            print(f"written: {config.out}/bench.jsonl, bench.csv, bench.png")
-    code = int(any(line["wrong"] for line in lines))
-    if ranks is not None:
-        elastic.leave(code)
-    return code
+        wrong = rank_main(configs, world)
+        elastic.leave(int(wrong))
+        return int(wrong)
+    on_cpu = first.device == "cpu" or not elastic.has_accelerator()
+    logs = Path(tempfile.mkdtemp(prefix="moeweave-bench-"))
+    wrong = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
+    shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
+    return int(wrong)
 
 
 def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
@@ -137,12 +128,27 @@ def check_ops(config: BenchConfig, world: int) -> None:
         OPS[op].check(op, config, world)
 
 
-def rank_main(config: BenchConfig, world: int) -> list[dict[str, Any]]:
-    """One rank's life."""
-    lines = bench(config, world)
+def rank_main(configs: Sequence[BenchConfig], world: int) -> bool:
+    """One rank's life; whether any result was wrong. Rank 0 tells and writes each config's figures when it has them."""
+    wrong = False
+    for config in configs:
+        lines = bench(config, world)
+        wrong |= any(line["wrong"] for line in lines)
+        if dist.get_rank() == 0:
+            _tell(lines, config)
     dist.barrier()
     dist.destroy_process_group()
-    return lines
+    return wrong
+
+
+def _tell(lines: list[dict[str, Any]], config: BenchConfig) -> None:
+    print(report.table(lines, lines[0]["context"]))
+    if "topology" in config.ops:
+        told = "written" if lines[0]["topology"] else "not written, a result was wrong"
+        print(f"{told}: {config.topology}")
+    if config.out is not None:
+        report.write(lines, Path(config.out))
+        print(f"written: {config.out}/bench.jsonl, bench.csv, bench.png", flush=True)
 
 
 def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """`python -m moeweave.launch.bench.reference out=FOLDER [key=value ...]`: every figure of one machine, shape by shape.
 
-Runs moeweave-bench once for each named shape: dispatch, combine and the layer over the dispatchers, next to the bytes
-that must cross written without a collective. Decode shapes replay a CUDA graph where the device has such. Then the
-links alone, what runs beside what, and the topology. All lines go to one bench.jsonl in FOLDER. Arguments replace
-those of the runs; `backend` those of the MoE operations alone.
+What moeweave-bench gives for each named shape, on the same ranks: dispatch, combine and the layer over the
+dispatchers, next to the bytes that must cross written without a collective. Decode shapes replay a CUDA graph where
+the device has such. Then the links alone, what runs beside what, and the topology. All lines go to one bench.jsonl in
+FOLDER, as each run ends. Arguments replace those of the runs; `backend` those of the MoE operations alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 
 from moeweave.launch import env
 from moeweave.launch.bench import program, routed, shapes
+from moeweave.launch.compose import load
+from moeweave.launch.schema import BenchConfig, ConfigError
 
 MOE = f"op=[{','.join(routed.OPS)}]"
 LINKS = "op=[all_reduce,all_gather,reduce_scatter,all_to_all,send_recv,send_recv_both]"
@@ -62,14 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.append(f"topology={values['out']}/topology.json")
     if env.launched_ranks() is not None:
         return _refuse("it starts ranks itself. Run it without torchrun.")
-    codes = []
-    for arguments in runs(torch.cuda.is_available() and values.get("device", "cuda") == "cuda"):
-        line = merged(arguments, given)
-        print(f"\n# moeweave-bench {' '.join(line)}", flush=True)
-        codes.append(program.main(line))
-        if codes[-1] == 2:
-            break
-    return max(codes)
+    on_cuda = torch.cuda.is_available() and values.get("device", "cuda") == "cuda"
+    try:
+        configs = [load(BenchConfig, "bench", merged(arguments, given)) for arguments in runs(on_cuda)]
+        return program.start(*configs)
+    except ConfigError as error:
+        return _refuse(str(error))
 
 
 def _refuse(text: str) -> int:
