@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
 from moeweave.comm.onesided_launch import Budget, OneSidedError
-from moeweave.kernels_ext.onesided import reference
+from moeweave.kernels_ext.onesided import EPOCHS, KINDS, MAX_BLOCKS, reference
 from onesided_cases import Case, Inputs, check_dispatch, dispatched, experts, poison, round_trip, setup
 from virtual_ranks import Streams
 
@@ -107,13 +107,12 @@ def test_epochs_wrap() -> None:
     case = Case()
     engines, streams = setup(case)
     for engine in engines:
-        for kind, name in enumerate(("dispatch", "combine")):
-            engine.launcher.state[8 + 4 * kind : 10 + 4 * kind] = -3
-            first = engine.map.starts[f"{name}_acks"]
-            engine.launcher.window.memory[first : first + 8 * case.world].view(torch.int64).fill_(-3 << 32)
+        engine.launcher.state[EPOCHS : EPOCHS + 2 * KINDS * MAX_BLOCKS] = -3
+        first = engine.map.starts["acks"]
+        engine.launcher.window.memory[first : first + 8 * KINDS * case.world].view(torch.int64).fill_(-3 << 32)
     for seed in range(6):
         round_trip(case, engines, streams, Inputs.of(case, seed))
-    assert int(engines[0].launcher.state[8]) == 3
+    assert int(engines[0].launcher.state[EPOCHS]) == 3
 
 
 def test_two_engines_at_once_do_not_interfere() -> None:
