@@ -59,6 +59,7 @@ class Launcher:
         state: int32 on the device, the kernels' counters.
         stream: for asynchronous operations.
         posted: end of the last of these, until something waited for it; launches on other streams come after it.
+        told: whether a reported failure was raised.
     """
 
     def __init__(self, window: CudaWindow, window_map: WindowMap, timeout: float, budget: Budget | None) -> None:
@@ -68,6 +69,7 @@ class Launcher:
         self.state = torch.zeros(onesided.STATE_WORDS, dtype=torch.int32, device=self.device)
         self.stream = torch.cuda.Stream(self.device)
         self.posted: torch.cuda.Event | None = None
+        self.told = False
         self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=True)
         self._base = self._fixed_params()
 
@@ -126,11 +128,18 @@ class Launcher:
 
     def check(self) -> None:
         """Raise OneSidedError if an operation that has ended has failed. No synchronisation."""
+        error = self.error()
+        if error is not None:
+            self.told = True
+            raise error
+
+    def error(self) -> OneSidedError | None:
+        """What an operation that has ended has reported."""
         failed, kind, wait, awaited, reporter = self._report[:5].tolist()
         if not failed:
-            return
+            return None
         what, said = onesided.OPERATIONS[kind], "" if reporter == self.window.rank else f", as rank {reporter} reports"
-        raise OneSidedError(
+        return OneSidedError(
             f"onesided, rank {self.window.rank} of {self.window.size}: {what} waited {self.timeout:g} s for the "
             f"{onesided.WAITS[wait]} of rank {awaited}{said}. Its results are NaN. Restart the ranks of this group."
         )

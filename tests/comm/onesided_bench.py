@@ -144,7 +144,9 @@ def main() -> None:
     lines = [measure(*setting, rate, given.share) for setting in settings]
     if given.out:
         device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        given.out.write_text(json.dumps(dict(device=device, copy_tb_s=round(rate / 1e6, 3), rows=lines), indent=1) + "\n")
+        given.out.write_text(
+            json.dumps(dict(device=device, copy_tb_s=round(rate / 1e6, 3), rows=lines), indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -154,20 +154,25 @@ struct Batch {
     int range[MAX_BATCH], end[MAX_BATCH], left[MAX_BATCH];
 };
 
-// The n-th chunk that this block pushes, and the rank it goes to: all blocks go round the ranks, from different ones.
+// The n-th chunk that this block pushes, and the rank it goes to. The ranks of a chunk are neighbours, in an order that
+// differs between chunks: else a block would have the same rank each time, and the blocks of this rank's own no link to wait for.
 struct Destination {
     int chunk, home;
     u64 cell;
 };
 
+DEVICE int home_of(const Params& p, int i, int chunk) {
+    return (int)((i + ((u32)chunk * 0x9e3779b1u >> 24) + p.rank + 1) % p.world);
+}
+
 DEVICE Destination destination(const Params& p, const u64* peers, int n) {
-    const int i = blockIdx.x + n * p.senders, home = (i + p.rank + 1) % p.world;
-    return {i / p.world, home, peers[home] + p.at_cells + ((u64)p.rank * p.num_chunks + i / p.world) * 8};
+    const int i = blockIdx.x + n * p.senders, chunk = i / p.world, home = home_of(p, i, chunk);
+    return {chunk, home, peers[home] + p.at_cells + ((u64)p.rank * p.num_chunks + chunk) * 8};
 }
 
 DEVICE int range_of(const Params& p, int n) {
-    const int i = blockIdx.x + n * p.senders;
-    return ((const int*)p.chunks)[(i64)((i + p.rank + 1) % p.world) * p.num_chunks + i / p.world];
+    const int i = blockIdx.x + n * p.senders, chunk = i / p.world;
+    return ((const int*)p.chunks)[(i64)home_of(p, i, chunk) * p.num_chunks + chunk];
 }
 
 // Ranges of the chunks of a batch, `mine` in thread i < count that of chunk i. A barrier must follow.
