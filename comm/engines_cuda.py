@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from moeweave.comm.onesided_cuda import CudaEngine
 from moeweave.comm.onesided_launch import Budget
+from moeweave.comm.nodes import hosts_of
+from moeweave.comm.watchdog import watch
 from moeweave.comm.windows_cuda import CudaWindow, SymmetricWindow, WindowMap
+from moeweave.kernels_ext import onesided
 
 _NAMES = itertools.count()
 _NAMED: weakref.WeakValueDictionary[str, CudaEngine] = weakref.WeakValueDictionary()
@@ -33,6 +38,7 @@ def cuda_engine_of(
         window = SymmetricWindow(group, window_map, device)
         engine = open_engine(window, window_map, timeout=_timeout_of(group), budget=Budget.of(device, num_sms))
         engines[key] = engine
+        watch(engine.launcher)
     return engine
 
 
@@ -50,6 +56,48 @@ def cuda_engine_named(name: str) -> CudaEngine:
     if engine is None:
         raise RuntimeError(f"engine ({name!r}) must be open: its dispatcher is gone. Keep the dispatcher.")
     return engine
+
+
+class Place(NamedTuple):
+    """Where a rank's GPU is.
+
+    Attributes:
+        reason: why the kernels cannot run there, or None.
+        host: of the rank, None if it is not known.
+        index: of its GPU among those that its process sees.
+        reaches: for each of these, whether the rank's GPU can write into its memory.
+    """
+
+    reason: str | None
+    host: Hashable
+    index: int
+    reaches: tuple[bool, ...]
+
+
+def apart(places: Sequence[Place]) -> str | None:
+    """None if the ranks' GPUs can all write into each other's memory, or why not."""
+    for rank, place in enumerate(places):
+        if place.reason is not None:
+            return f"rank {rank} {place.reason}"
+    if None in [place.host for place in places] or len({place.host for place in places}) > 1:
+        return "the ranks are on several hosts"
+    if len({place.index for place in places}) < len(places):
+        return "the ranks see one GPU each, or share one: who reaches whom is not known without a topology file"
+    for rank, place in enumerate(places):
+        for other, there in enumerate(places):
+            if other != rank and not (there.index < len(place.reaches) and place.reaches[there.index]):
+                return f"rank {rank} cannot write into rank {other}'s memory"
+    return None
+
+
+def gpus_apart(group: dist.ProcessGroup) -> str | None:
+    """`apart` of a group with a CUDA backend, the same on every rank. A collective."""
+    mine, count = torch.cuda.current_device(), torch.cuda.device_count()
+    reaches = tuple(other == mine or torch.cuda.can_device_access_peer(mine, other) for other in range(count))
+    place = Place(onesided.supports(torch.device("cuda", mine)), hosts_of(group)[dist.get_rank(group)], mine, reaches)
+    places: list[Place] = [place] * dist.get_world_size(group)
+    dist.all_gather_object(places, place, group=group)
+    return apart(places)
 
 
 def _timeout_of(group: dist.ProcessGroup) -> float:

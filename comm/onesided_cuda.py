@@ -181,6 +181,8 @@ class CudaEngine:
         params.flags = (EXACT if exact else 0) | (0 if weights is None else WEIGHTED)
         of_block = ceil_div(num_tokens * min(self.map.size, self.map.top_k), self.launcher.budget.senders)
         self.launcher.share_rows("moeweave_combine", params, of_block, num_tokens)
+        if format != "none" and scale == "token":
+            self.launcher.keep_sums("moeweave_combine", params, rows_RD.shape[1] * rows_RD.dtype.itemsize // 16)
         self.launcher.launch("moeweave_combine", params, rows_RD.dtype, format, scale)
         return y_TD
 

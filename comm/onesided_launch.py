@@ -56,26 +56,28 @@ class Launcher:
     Attributes:
         window_map, budget: as given.
         device: of the window.
-        state: int32 [32] on the device, the kernels' counters.
+        state: int32 on the device, the kernels' counters.
         stream: for asynchronous operations.
         posted: end of the last of these, until something waited for it; launches on other streams come after it.
+        told: whether a reported failure was raised.
     """
 
     def __init__(self, window: CudaWindow, window_map: WindowMap, timeout: float, budget: Budget | None) -> None:
         self.window, self.window_map, self.timeout = window, window_map, timeout
         self.device = window.peers.device
         self.budget = budget or Budget.of(self.device)
-        self.state = torch.zeros(32, dtype=torch.int32, device=self.device)
+        self.state = torch.zeros(onesided.STATE_WORDS, dtype=torch.int32, device=self.device)
         self.stream = torch.cuda.Stream(self.device)
         self.posted: torch.cuda.Event | None = None
-        self._report = torch.zeros(8, dtype=torch.int64, pin_memory=True)
+        self.told = False
+        self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=True)
         self._base = self._fixed_params()
 
     def params(self, kind: str) -> Any:
         """What every operation of a kind is told; the caller adds its tensors and sizes."""
         params, starts = type(self._base).from_buffer_copy(self._base), self.window_map.starts
         params.kind = onesided.OPERATIONS.index(kind)
-        for part in ("acks", "flags", "cells", "counts", "rows"):
+        for part in ("flags", "cells", "counts", "rows"):
             if f"{kind}_{part}" in starts:
                 setattr(params, f"at_{part}", starts[f"{kind}_{part}"])
         return params
@@ -91,6 +93,16 @@ class Launcher:
         params.sender_parts = divisor_below(warps, min(warps // max(sent, 1), most))
         params.receiver_parts = divisor_below(warps, min(self.budget.receivers * warps // max(received, 1), most))
 
+    def keep_sums(self, kernel: str, params: Any, units: int) -> None:
+        """Room in shared memory for the rows of `units` 16 bytes that a sending block sums, if they fit: each warp keeps its
+        part of one. With more warps a row, fewer rows are kept."""
+        warps = onesided.THREADS[kernel] // 32
+        for parts in (each for each in range(params.sender_parts, warps + 1) if warps % each == 0):
+            stash = 16 * 32 * ceil_div(ceil_div(units, parts), 32)
+            if stash * warps <= onesided.KEPT_BYTES:
+                params.sender_parts, params.stash = parts, stash
+                return
+
     def launch(
         self, kernel: str, params: Any, dtype: torch.dtype, format: str, scale: str, grid: int | None = None
     ) -> None:
@@ -101,12 +113,13 @@ class Launcher:
             stream.wait_event(self.posted)
         module = onesided.kernels(dtype, format, scale, self.window_map.top_k, self.device.index or 0)
         grid = self.budget.senders + self.budget.receivers if grid is None else grid
-        module.launch(kernel, grid, onesided.THREADS[kernel], params, shared_bytes=8 * self.window_map.num_experts)
+        shared_bytes = max(8 * self.window_map.num_experts, params.stash * onesided.THREADS[kernel] // 32)
+        module.launch(kernel, grid, onesided.THREADS[kernel], params, shared_bytes)
 
     @property
     def num_dropped(self) -> int:
         """Routes that found no room here, over all dispatches that have ended. No synchronisation."""
-        return int(self._report[5])
+        return int(self._report[8:].sum())
 
     @property
     def num_planned(self) -> int:
@@ -115,11 +128,18 @@ class Launcher:
 
     def check(self) -> None:
         """Raise OneSidedError if an operation that has ended has failed. No synchronisation."""
-        failed, kind, wait, awaited, reporter, *_ = self._report.tolist()
+        error = self.error()
+        if error is not None:
+            self.told = True
+            raise error
+
+    def error(self) -> OneSidedError | None:
+        """What an operation that has ended has reported."""
+        failed, kind, wait, awaited, reporter = self._report[:5].tolist()
         if not failed:
-            return
+            return None
         what, said = onesided.OPERATIONS[kind], "" if reporter == self.window.rank else f", as rank {reporter} reports"
-        raise OneSidedError(
+        return OneSidedError(
             f"onesided, rank {self.window.rank} of {self.window.size}: {what} waited {self.timeout:g} s for the "
             f"{onesided.WAITS[wait]} of rank {awaited}{said}. Its results are NaN. Restart the ranks of this group."
         )
@@ -131,12 +151,11 @@ class Launcher:
         magic = 0 if room.num_local == 1 else ceil_div(1 << 32, room.num_local)
         values = dict(
             window=int(window.peers[window.rank]), deadline=int(self.timeout * 1e9), at_abort=room.starts["abort"],
-            at_meta=room.starts["meta"], at_dots=room.starts["dots"], meta_stride=room.meta_bytes, rank=window.rank,
+            at_acks=room.starts["acks"], at_meta=room.starts["meta"], at_dots=room.starts["dots"], meta_stride=room.meta_bytes, rank=window.rank,
             world=window.size, num_experts=room.num_experts, num_local=room.num_local,
             magic=ctypes.c_int32(magic).value,
             max_tokens=room.max_tokens, chunk=room.chunk, num_chunks=room.num_chunks, align=1,
             senders=self.budget.senders, receivers=self.budget.receivers, sender_parts=1, receiver_parts=1,
-            roles=onesided.SEND | onesided.RECEIVE,
         )  # fmt: skip
         for name, value in values.items():
             setattr(params, name, value)

@@ -100,7 +100,7 @@ class WindowMap:
         back = self.max_tokens * self.top_k if self.exact else rows
         parts = [
             ("abort", 8),
-            *((f"{kind}_acks", 8 * self.size) for kind in onesided.OPERATIONS),
+            ("acks", 8 * self.size * len(onesided.OPERATIONS)),
             *((f"{kind}_flags", 8 * self.size) for kind in onesided.OPERATIONS),
             *((f"{kind}_cells", 8 * self.size * self.num_chunks) for kind in onesided.OPERATIONS[:2]),
             ("dispatch_counts", 4 * self.size * self.num_local),

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 _BY_VALUE = ctypes.c_void_p * 1
+_MAX_DYNAMIC_SHARED = 8  # of the driver's CUfunction_attribute
 
 
 class CompileError(RuntimeError):
@@ -122,6 +123,7 @@ class Module:
         _call("cuModuleLoadData", ctypes.byref(self._module), code)
         self._kernels = {name: self._load(name) for name in kernels}
         self._device = device
+        self._room: dict[str, int] = {}
 
     def _load(self, name: str) -> ctypes.c_void_p:
         kernel = ctypes.c_void_p()
@@ -135,6 +137,9 @@ class Module:
         argument = _BY_VALUE(ctypes.addressof(params))
         # A thread of autograd may come here before it has called the runtime: it then has no context yet.
         _call("cuCtxSetCurrent", self._context)
+        if shared_bytes > self._room.get(name, 48 << 10):
+            _call("cuFuncSetAttribute", self._kernels[name], _MAX_DYNAMIC_SHARED, shared_bytes)
+            self._room[name] = shared_bytes
         _call("cuLaunchKernel", self._kernels[name], grid, 1, 1, threads, 1, 1, shared_bytes, stream, argument, None)
 
 

@@ -247,13 +247,14 @@ class BenchConfig:
     push_share: float = 0.25
     overlap: list[str] = field(default_factory=lambda: ["all_to_all", "all_gather"])
     programs: int | None = None
+    num_sms: list[int] = field(default_factory=list)
     topology: str = "topology.json"
     out: str | None = None
     trace: str | None = None
 
     def __post_init__(self) -> None:
         at_least(2, ranks=self.ranks, factor=self.factor)
-        at_least(1, programs=self.programs or 1)
+        at_least(1, programs=self.programs or 1, num_sms=min(self.num_sms, default=1))
         at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
         at_least(1, shared_hidden=self.shared_hidden)
         at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)

@@ -43,6 +43,8 @@ class _Record(TorchDispatchMode):
             self.kept.append(out)
         elif func is torch.ops.moeweave.onesided_dispatch.default:
             self.kept.append(tuple(out[1:]))
+        elif func is torch.ops.moeweave.onesided_cuda_dispatch.default:
+            self.kept.append((out[0].shape[0], *out[2:]))
         return out
 
 
@@ -77,6 +79,11 @@ class _Replay(TorchDispatchMode):
             _, offsets_e, moves = self._next()
             rows_RD, weights_R = torch.ops.moeweave.onesided_resend(x_TD, weights_TK, moves, *settings)
             return rows_RD, weights_R, offsets_e, moves
+        if func is torch.ops.moeweave.onesided_cuda_dispatch.default:
+            x_TD, ids_TK, weights_TK, _, _, *settings = args
+            capacity, *moves = self._next()
+            resent = torch.ops.moeweave.onesided_cuda_resend(x_TD, weights_TK, [ids_TK, *moves], capacity, *settings)
+            return *resent, *moves
         return func(*args, **(kwargs or {}))
 
     def _next(self) -> Any:

@@ -19,8 +19,10 @@ from moeweave.comm.dispatchers.hierarchical import HierarchicalDispatcher
 from moeweave.comm.dispatchers.onesided import OneSidedDispatcher
 from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDispatcher
 from moeweave.comm.engines import nodes_of, shares_memory
+from moeweave.comm.engines_cuda import gpus_apart
 from moeweave.comm.nodes import Nodes
 from moeweave.comm.topology import Topology
+from moeweave.comm.windows_cuda import WindowMap
 
 logger = logging.getLogger("moeweave")
 
@@ -115,7 +117,7 @@ def make_dispatcher(
     Args:
         name: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each other),
             "hierarchical" (CPU ranks of several hosts), "ascend" (inference on NPUs), or "auto", which picks one of the
-            first four (on GPUs, of the first two). Making "onesided", "hierarchical" or "auto" is a collective over
+            first four (on GPUs "onesided" only with `max_tokens`). Making "onesided", "hierarchical" or "auto" is a collective over
             the group.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
@@ -143,7 +145,8 @@ def make_dispatcher(
         )
     if name == "auto":
         measured = None if topology is None else Topology.shared(topology, group)
-        name, reason = choose(size, top_k, combine, measured, shared=shares_memory(group), nodes=nodes_of(group))
+        shared = shares_memory(group) or _gpus_share_memory(group, num_experts, top_k, max_tokens, measured)
+        name, reason = choose(size, top_k, combine, measured, shared=shared, nodes=nodes_of(group))
         _log_once(f"dispatcher auto -> {name}: {reason}")
     if name == "allgather":
         return AllGatherDispatcher(
@@ -165,6 +168,31 @@ def make_dispatcher(
     if name == "ascend":
         return make_ascend(group, num_experts, ascend or AscendOptions(), codec=codec, coded_rows=coded_rows)
     return AllToAllDispatcher(group, num_experts, return_group=return_group, codec=codec, coded_rows=coded_rows)
+
+
+def _gpus_share_memory(
+    group: ProcessGroup | None, num_experts: int, top_k: int, max_tokens: int | None, topology: Topology | None
+) -> bool:
+    """Whether `auto` may take one-sided writes between GPUs: they reach each other, and the sizes fit. A collective.
+
+    Only where `max_tokens` was given, as for inference in fixed sizes. Its kernels wait for peers on all multiprocessors:
+    beside collectives on other streams, as data parallelism has in training, each could wait for the other's room.
+    """
+    if group is None or max_tokens is None or "nccl" not in dist.get_backend_config(group):
+        return False
+    try:
+        WindowMap(
+            size=group.size(), num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, row_bytes=16, back_bytes=16
+        )
+    except ValueError as error:
+        reason: str | None = str(error)
+    else:
+        reason = gpus_apart(group)
+    if topology is not None and topology.num_ranks == group.size() and reason is None and not topology.is_one_memory:
+        reason = "the topology file has ranks that cannot write into each other's memory"
+    if reason is not None:
+        _log_once(f"dispatcher auto: not onesided, {reason}")
+    return reason is None
 
 
 @functools.lru_cache(maxsize=256)

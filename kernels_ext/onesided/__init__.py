@@ -21,12 +21,15 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 CODECS = {"none": 0, "int8": 1, "fp8": 2, "fp8_e5m2": 3}
 GROUPS = {"token": 0, "group128": 128}
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Threads of a block, as the kernels' launch bounds have it; sums hold more in registers.
-THREADS = {"moeweave_dispatch": 512, "moeweave_combine": 384, "moeweave_weight_gradients": 512, "moeweave_plan": 512}
+# Threads of a block, as the kernels' launch bounds have it: with more, rows in flight do not fit the registers.
+THREADS = {"moeweave_dispatch": 384, "moeweave_combine": 384, "moeweave_weight_gradients": 512, "moeweave_plan": 512}
 MAX_RANKS, MAX_TOP_K, MAX_CHUNK = 64, 16, 32
+# As in link.cu: blocks of a role, words of a rank's state, and where each kind's epochs start in it, two roles after each other.
+KEPT_BYTES = 96 << 10  # of shared memory, for each of two blocks of a multiprocessor: sums before they are encoded
+MAX_BLOCKS, EPOCHS, KINDS = 512, 8, 3
+STATE_WORDS = EPOCHS + (2 * KINDS + 1) * MAX_BLOCKS
 
 # Enumerations of link.cu.
-SEND, RECEIVE = 1, 2
 CACHED, RAW, GRADIENT, EXACT, WEIGHTED = 1, 2, 4, 8, 16
 OPERATIONS = ("dispatch", "combine", "plan")
 WAITS = {1: "acknowledgement of the round before", 2: "counts of routes", 3: "rows", 4: "gradients of the weights"}

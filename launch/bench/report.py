@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moeweave.launch.bench import ablation, hccl, timeline
+from moeweave.launch.bench import ablation, budget, hccl, timeline
 from moeweave.launch.schema import ConfigError
 
 Line = dict[str, Any]
@@ -115,6 +115,7 @@ def write(lines: list[Line], folder: Path) -> None:
         writer.writeheader()
         writer.writerows(lines)
     timeline.write(lines, folder)
+    budget.draw(lines, folder / "num_sms.png")
     _draw(
         [line for line in lines if "median" in line and line["op"] not in ("peak", "overlap", "topology")],
         folder / "bench.png",

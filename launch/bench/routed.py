@@ -10,8 +10,10 @@ an expert.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.engines import nodes_of
 from moeweave.comm.nodes import Nodes
 from moeweave.kernels_ext.tolerance import TOLERANCE, sqnr
-from moeweave.launch.bench import ascend, coded, torchtitan, traffic
+from moeweave.launch.bench import ascend, budget, coded, torchtitan, traffic
 from moeweave.launch.bench.case import Case, Work, backend_factory
 from moeweave.launch.bench.shapes import Shape, check_shape, remote_pairs, route, shape_of
 from moeweave.launch.schema import BenchConfig
@@ -45,9 +47,15 @@ def _moeweave(name: str, combine: str | None = None) -> Callable[..., TokenDispa
 def _static(combine: str) -> Callable[..., TokenDispatcher]:
     """One-sided exchange with room for the worst routing: on CUDA no call waits for the host, a graph can hold it."""
 
-    def make(group: dist.ProcessGroup, shape: Shape, dtype: torch.dtype, codec: Codec | None = None) -> TokenDispatcher:
+    def make(
+        group: dist.ProcessGroup,
+        shape: Shape,
+        dtype: torch.dtype,
+        codec: Codec | None = None,
+        num_sms: int | None = None,
+    ) -> TokenDispatcher:
         routes = min(shape.topk, shape.experts // group.size())
-        options = CudaOptions(capacity=group.size() * shape.tokens * routes)
+        options = CudaOptions(capacity=group.size() * shape.tokens * routes, num_sms=num_sms)
         return make_dispatcher(
             "onesided", group, shape.experts, combine=combine, codec=codec, max_tokens=shape.tokens, cuda=options
         )
@@ -56,7 +64,7 @@ def _static(combine: str) -> Callable[..., TokenDispatcher]:
 
 
 # name: factory(group, shape, dtype) -> dispatch and combine of a TokenDispatcher; one that takes `codec` as well is run
-# with every codec of the config
+# with every codec of the config, one that takes `num_sms` with every number of multiprocessors
 BACKENDS: dict[str, Callable[..., Any]] = {
     "alltoall": _moeweave("alltoall"),
     "allgather": _moeweave("allgather"),
@@ -173,9 +181,10 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
     ways = 1 if op in ("dispatch", "combine") else 2 if op == "moe_layer" else 4
     for name in config.backends or ["alltoall"]:
         factory = backend_factory(name, BACKENDS, op)
-        for codec in coded.codecs_of(config, factory):
+        for codec, num_sms in itertools.product(coded.codecs_of(config, factory), budget.budgets_of(config, factory)):
             task = Task(config, mesh, codec)
-            dispatcher = factory(mesh.group("ep"), shape, task.dtype, *([codec] if coded.takes_codec(factory) else []))
+            given = ([codec] if coded.takes_codec(factory) else []) + ([] if num_sms is None else [num_sms])
+            dispatcher = factory(mesh.group("ep"), shape, task.dtype, *given)
             if op in ("dispatch", "combine"):
                 work = (_dispatch if op == "dispatch" else _combine)(task, dispatcher)
             else:
@@ -183,7 +192,7 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
             sent = task.sent_bytes(name, op)
             yield Case(
                 op,
-                name if codec == Codec() else f"{name} {codec}",
+                name + ("" if codec == Codec() else f" {codec}") + ("" if num_sms is None else f" {num_sms} SMs"),
                 shape.tokens * row,
                 shape.tokens * shape.hidden,
                 config.dtype,
@@ -193,6 +202,7 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
                 network_bytes=None if sent is None else sent[1],
                 label=config.shape or f"T{shape.tokens} D{shape.hidden} E{shape.experts} K{shape.topk}",
                 graph=name not in WAITS_FOR_HOST,
+                facts=None if num_sms is None else partial(dict, num_sms=num_sms),
             )
 
 

@@ -5,9 +5,12 @@ Experts multiply a row by a vector of their own, so that gradients of rows, weig
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moeweave.comm.codec import Codec
 from moeweave.comm.dispatch import Dispatched
@@ -15,6 +18,7 @@ from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDis
 from moeweave.comm.engines_cuda import open_engine
 from moeweave.comm.onesided_launch import Budget
 from moeweave.kernels_ext.tolerance import SQNR_FLOOR, assert_close, sqnr
+from moeweave.parallel.recompute import replay_routing
 from onesided_cases import Case, Inputs
 from virtual_ranks import Streams, virtual_engines
 
@@ -131,6 +135,32 @@ def test_handle_is_reused() -> None:
         end = int(first.offsets_e[-1])
         assert torch.equal(first.rows_RD[:end], second.rows_RD[:end])
         assert torch.equal(first.weights_R[:end], second.weights_R[:end])
+
+
+def test_recomputation_sends_along_the_kept_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tokens=(20,), num_experts=4)
+    [dispatcher], inputs = dispatchers_of(case), Inputs.of(case, 2)
+    x_TD, engine, calls = inputs.xs[0].clone().requires_grad_(), dispatcher._engine, []
+    for name in ("plan", "dispatch", "resend"):
+
+        def counted(*args: Any, name: str = name, call: Any = getattr(engine, name), **options: Any) -> Any:
+            calls.append(name)
+            return call(*args, **options)
+
+        monkeypatch.setattr(engine, name, counted)
+
+    def layer(x: Tensor) -> Tensor:
+        arrived = dispatcher.dispatch(x, inputs.ids[0], inputs.weights[0])
+        return dispatcher.combine(torch.sin(arrived.rows_RD), inputs.weights[0], arrived)
+
+    def grads(y: Tensor) -> Tensor:
+        return torch.autograd.grad(y.float().square().sum(), x_TD)[0]
+
+    want = grads(layer(x_TD))
+    calls.clear()
+    got = grads(checkpoint(layer, x_TD, use_reentrant=False, context_fn=replay_routing))
+    assert torch.equal(got, want)
+    assert calls == ["dispatch", "plan", "resend"]
 
 
 def test_budget_beyond_the_device_is_refused() -> None:

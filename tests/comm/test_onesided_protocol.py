@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
 from moeweave.comm.onesided_launch import Budget, OneSidedError
-from moeweave.kernels_ext.onesided import reference
+from moeweave.comm.watchdog import watch
+from moeweave.kernels_ext.onesided import EPOCHS, KINDS, MAX_BLOCKS, reference
 from onesided_cases import Case, Inputs, check_dispatch, dispatched, experts, poison, round_trip, setup
 from virtual_ranks import Streams
 
@@ -107,13 +109,12 @@ def test_epochs_wrap() -> None:
     case = Case()
     engines, streams = setup(case)
     for engine in engines:
-        for kind, name in enumerate(("dispatch", "combine")):
-            engine.launcher.state[8 + 4 * kind : 10 + 4 * kind] = -3
-            first = engine.map.starts[f"{name}_acks"]
-            engine.launcher.window.memory[first : first + 8 * case.world].view(torch.int64).fill_(-3 << 32)
+        engine.launcher.state[EPOCHS : EPOCHS + 2 * KINDS * MAX_BLOCKS] = -3
+        first = engine.map.starts["acks"]
+        engine.launcher.window.memory[first : first + 8 * KINDS * case.world].view(torch.int64).fill_(-3 << 32)
     for seed in range(6):
         round_trip(case, engines, streams, Inputs.of(case, seed))
-    assert int(engines[0].launcher.state[8]) == 3
+    assert int(engines[0].launcher.state[EPOCHS]) == 3
 
 
 def test_two_engines_at_once_do_not_interfere() -> None:
@@ -187,6 +188,54 @@ def test_many_random_rounds(world: int) -> None:
             rows = expected[rank][0]
             bad += (arrived[rank].rows_RD[: len(rows)] != rows).sum() + (ys[rank] != want[rank]).sum()
             bad += (arrived[rank].moves.offsets_e != expected[rank][2]).sum()
+    assert int(bad) == 0
+    for engine in engines:
+        engine.launcher.check()
+
+
+def test_the_watchdog_raises_while_only_graphs_are_replayed() -> None:
+    case = Case(tokens=(16, 16, 16), num_experts=12)
+    engines, streams = setup(case, timeout=0.5)
+    inputs = Inputs.of(case)
+    dispatched(case, engines, streams, inputs)
+    torch.cuda.synchronize()
+    streams.streams.pop(1)  # rank 1 is gone
+    graph, alive = torch.cuda.CUDAGraph(), {0: 0, 1: 2}
+
+    def step(index: int) -> CudaArrived:
+        given = inputs.xs, inputs.ids, inputs.weights
+        return engines[alive[index]].dispatch(*(each[alive[index]] for each in given), capacity=200)
+
+    with torch.cuda.graph(graph):
+        streams.run(step)
+    watch(engines[0].launcher, grace=0.2)
+    end = time.monotonic() + 20
+    with pytest.raises(OneSidedError, match=r"rank 0 of 3: dispatch waited 0.5 s for the .* of rank 1"):
+        while time.monotonic() < end:
+            graph.replay()
+            torch.cuda.synchronize()
+
+
+@pytest.mark.slow
+def test_ten_thousand_rounds() -> None:
+    """Random sizes and routings. Every sum is exact in these numbers: a result is its token times the weights' sum."""
+    world, room, g = 4, 48, torch.Generator().manual_seed(1)
+    case = Case(tokens=(room,) * world, num_experts=8 * world, top_k=6, width=64, max_tokens=room, routing="holes")
+    engines, streams = setup(case)
+    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    for seed in range(10_000):
+        now = replace(case, tokens=tuple(torch.randint(0, room + 1, (world,), generator=g).tolist()))
+        inputs = Inputs.of(now, seed)
+        inputs.xs = [(x * 4).round().clamp(-8, 8) for x in inputs.xs]
+        inputs.weights = [torch.exp2((w * 3).floor() - 1) for w in inputs.weights]
+        arrived = dispatched(now, engines, streams, inputs)
+        ys, rank = combined(engines, streams, arrived), seed % world
+        rows, weights, ends = reference.dispatch(inputs.xs, inputs.ids, inputs.weights, case.num_experts, rank)
+        bad += (arrived[rank].rows_RD[: len(rows)] != rows).sum() + (arrived[rank].moves.offsets_e != ends).sum()
+        bad += (arrived[rank].weights_R[: len(rows)] != weights).sum()
+        for x, ids, w, y in zip(inputs.xs, inputs.ids, inputs.weights, ys, strict=True):
+            routed = (ids >= 0) & (ids < case.num_experts)
+            bad += (y.float() != x.float() * (w * routed).sum(1, keepdim=True)).sum()
     assert int(bad) == 0
     for engine in engines:
         engine.launcher.check()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moeweave.comm.dispatchers.onesided_cuda import CudaOptions, OneSidedCudaDispatcher
+from moeweave.comm.engines_cuda import Place, apart
 from moeweave.comm.layout import Layout
 from moeweave.comm.onesided_cuda import CudaMoves
 from moeweave.comm.onesided_launch import ceil_div, divisor_below
@@ -21,7 +22,7 @@ V3 = WindowMap(size=4, num_experts=256, top_k=8, max_tokens=4096, row_bytes=1433
 
 def test_size_is_known_before_anything_is_allocated() -> None:
     rows = 2 * 4 * 4096 * 14336  # there and back, from each rank
-    assert V3.num_bytes == 471_616_384
+    assert V3.num_bytes == 471_616_128
     assert rows < V3.num_bytes < rows * 1.01
 
 
@@ -98,3 +99,25 @@ def test_a_combine_before_any_dispatch_says_what_to_do() -> None:
 
 def test_a_device_without_the_kernels_is_told_why() -> None:
     assert onesided.supports(torch.device("cpu")) == "needs an NVIDIA GPU, not cpu"
+
+
+HERE = Place(None, "a", 0, (True, True))
+THERE = Place(None, "a", 1, (True, True))
+
+
+@pytest.mark.parametrize(
+    "places, reason",
+    [
+        ([HERE, THERE], None),
+        ([HERE, THERE._replace(reason="needs compute capability 9.0")], "rank 1 needs compute capability"),
+        ([HERE, THERE._replace(host="b")], "several hosts"),
+        ([HERE, THERE._replace(host=None)], "several hosts"),
+        ([HERE, HERE], "see one GPU each"),
+        ([HERE._replace(reaches=(True, False)), THERE], "rank 0 cannot write into rank 1's memory"),
+        ([HERE, THERE._replace(reaches=(False, True))], "rank 1 cannot write into rank 0's memory"),
+        ([HERE, THERE._replace(index=2)], "rank 0 cannot write into rank 1's memory"),
+    ],
+)
+def test_gpus_that_do_not_reach_each_other_are_told_apart(places: list[Place], reason: str | None) -> None:
+    found = apart(places)
+    assert found is None if reason is None else found is not None and reason in found

@@ -79,37 +79,57 @@ constexpr int SUM_DEPTH = CODED ? 2 : 3;
 // A sum as a row of the model's dtype has it: what is encoded is what would travel without a codec.
 DEVICE void round_unit(float* v) { unpack(pack(v), v); }
 
+// The largest magnitude of the sum of `live` rows. With room (`stash`, of this warp) the sum is kept there, else it is made
+// again when it is encoded.
+DEVICE float amax_of_sum(const Params& p, u32 live, int row, float weight, Span span, uint4* stash) {
+    const int lane = threadIdx.x % 32, units = p.dim / UNIT;
+    float most = 0.f, sum[SUM_DEPTH][UNIT];
+    for (int start = span.first; start < span.last; start += SUM_DEPTH * 32) {
+        sum_rows<SUM_DEPTH, false>(p.rows, units * 16, live, row, weight, p.dim, start + lane, span.last, sum);
+#pragma unroll
+        for (int d = 0; d < SUM_DEPTH; ++d) {
+            const int unit = start + lane + d * 32;
+            round_unit(sum[d]), most = amax_of_unit(sum[d], most);
+            if (p.stash && unit < span.last) stash[unit - span.first] = pack(sum[d]);
+        }
+    }
+    return amax_of_parts(amax(most), p.sender_parts);
+}
+
+// A unit of a sum, encoded, to `target`.
+DEVICE void push_coded(const Params& p, u64 target, const float* v, int unit, bool here, float most) {
+    const float scale = scale_of(GROUP ? amax(amax_of_unit(v, 0.f)) : most);
+    if (!here) return;
+    store_codes(target + unit * UNIT, v, scale);
+    if (GROUP ? unit % (GROUP / UNIT) == 0 : unit == 0) store4(scale_at(target, p.dim, unit), __float_as_uint(scale));
+}
+
 // The sum of `live` rows, encoded, to `target`.
-DEVICE void push_sum(const Params& p, u64 target, u32 live, int row, float weight, Span span) {
+DEVICE void push_sum(const Params& p, u64 target, u32 live, int row, float weight, Span span, uint4* stash) {
     const int lane = threadIdx.x % 32, units = p.dim / UNIT;
     float most = 0.f, sum[SUM_DEPTH][UNIT];
     if (CODED && !GROUP) {
-        for (int start = span.first; start < span.last; start += SUM_DEPTH * 32) {
-            sum_rows<SUM_DEPTH, false>(p.rows, units * 16, live, row, weight, p.dim, start + lane, span.last, sum);
-#pragma unroll
-            for (int d = 0; d < SUM_DEPTH; ++d) round_unit(sum[d]), most = amax_of_unit(sum[d], most);
+        most = amax_of_sum(p, live, row, weight, span, stash);
+        for (int unit = span.first + lane; p.stash && unit < span.last; unit += 32) {
+            unpack(stash[unit - span.first], sum[0]);
+            push_coded(p, target, sum[0], unit, true, most);
         }
-        most = amax_of_parts(amax(most), p.sender_parts);
+        if (p.stash) return;
     }
     for (int start = span.first; start < span.last; start += SUM_DEPTH * 32) {
         sum_rows<SUM_DEPTH, false>(p.rows, units * 16, live, row, weight, p.dim, start + lane, span.last, sum);
 #pragma unroll
         for (int d = 0; d < SUM_DEPTH; ++d) {
             const int unit = start + lane + d * 32;
-            if (CODED) round_unit(sum[d]);
-            const float scale = CODED ? scale_of(GROUP ? amax(amax_of_unit(sum[d], 0.f)) : most) : 1.f;
-            if (unit >= span.last) continue;
-            if (!CODED) {
+            if (CODED)
+                round_unit(sum[d]), push_coded(p, target, sum[d], unit, unit < span.last, most);
+            else if (unit < span.last)
                 store16(target + unit * 16, pack(sum[d]));
-                continue;
-            }
-            store_codes(target + unit * UNIT, sum[d], scale);
-            if (GROUP ? unit % (GROUP / UNIT) == 0 : unit == 0) store4(scale_at(target, p.dim, unit), __float_as_uint(scale));
         }
     }
 }
 
-DEVICE void push_slot(const Params& p, u64 home, int source, int slot_of_source, Span span) {
+DEVICE void push_slot(const Params& p, u64 home, int source, int slot_of_source, Span span, uint4* stash) {
     const int lane = threadIdx.x % 32;
     const u64 slot = (u64)source * p.max_tokens + slot_of_source;
     const int row = lane < K ? ((const int*)p.route_row)[slot * K + lane] : -1;
@@ -117,13 +137,13 @@ DEVICE void push_slot(const Params& p, u64 home, int source, int slot_of_source,
     if (!(p.flags & EXACT)) {
         const float weight = row >= 0 && p.flags & WEIGHTED ? ((const float*)p.row_weights)[row] : 1.f;
         const u64 target = home + p.at_rows + ((u64)p.rank * p.max_tokens + slot_of_source) * p.row_stride;
-        return push_sum(p, target, live, row, weight, span);
+        return push_sum(p, target, live, row, weight, span, stash);
     }
     // A dropped route (-2) sends zeros: the token's rank cannot know that it was dropped.
     const u64 first = (u64)((const int*)p.tokens)[slot] * K;
     for (u32 left = __ballot_sync(ALL, row != -1); left; left &= left - 1) {
         const int k = __ffs(left) - 1;
-        push_sum(p, home + p.at_rows + (first + k) * p.row_stride, live & 1u << k, row, 1.f, span);
+        push_sum(p, home + p.at_rows + (first + k) * p.row_stride, live & 1u << k, row, 1.f, span, stash);
     }
 }
 
@@ -134,33 +154,41 @@ struct Batch {
     int range[MAX_BATCH], end[MAX_BATCH], left[MAX_BATCH];
 };
 
-// The n-th chunk that this block pushes, and the rank it goes to: all blocks go round the ranks, from different ones.
+// The n-th chunk that this block pushes, and the rank it goes to. The ranks of a chunk are neighbours, in an order that
+// differs between chunks: else a block would have the same rank each time, and the blocks of this rank's own no link to wait for.
 struct Destination {
     int chunk, home;
     u64 cell;
 };
 
-DEVICE Destination destination(const Params& p, const u64* peers, int n) {
-    const int i = blockIdx.x + n * p.senders, home = (i + p.rank + 1) % p.world;
-    return {i / p.world, home, peers[home] + p.at_cells + ((u64)p.rank * p.num_chunks + i / p.world) * 8};
+DEVICE int home_of(const Params& p, int i, int chunk) {
+    return (int)((i + ((u32)chunk * 0x9e3779b1u >> 24) + p.rank + 1) % p.world);
 }
 
-// Ranges of the chunks first, first + 1, ...; chunks without rows are published at once.
+DEVICE Destination destination(const Params& p, const u64* peers, int n) {
+    const int i = blockIdx.x + n * p.senders, chunk = i / p.world, home = home_of(p, i, chunk);
+    return {chunk, home, peers[home] + p.at_cells + ((u64)p.rank * p.num_chunks + chunk) * 8};
+}
+
+DEVICE int range_of(const Params& p, int n) {
+    const int i = blockIdx.x + n * p.senders, chunk = i / p.world;
+    return ((const int*)p.chunks)[(i64)home_of(p, i, chunk) * p.num_chunks + chunk];
+}
+
+// Ranges of the chunks of a batch, `mine` in thread i < count that of chunk i. A barrier must follow.
+DEVICE void set_batch(const Params& p, Batch& batch, int count, int mine) {
+    const int i = threadIdx.x;
+    if (i < count) batch.range[i] = mine, batch.left[i] = (mine & 255) * p.sender_parts;
+}
+
+// Where each chunk's rows end in the batch; chunks without rows are published at once. Between barriers.
 DEVICE void open_batch(const Params& p, const u64* peers, Batch& batch, int first, int count, u32 epoch) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const Destination to = destination(p, peers, first + i);
-        batch.range[i] = ((const int*)p.chunks)[(i64)to.home * p.num_chunks + to.chunk];
-        batch.left[i] = (batch.range[i] & 255) * p.sender_parts;
-        if (batch.left[i] == 0) publish(to.cell, epoch, 0);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        int end = 0;
-        for (int j = 0; j <= i; ++j) end += batch.range[j] & 255;
-        batch.end[i] = end;
-    }
-    __syncthreads();
+    const int i = threadIdx.x;
+    if (i >= count) return;
+    int end = 0;
+    for (int j = 0; j <= i; ++j) end += batch.range[j] & 255;
+    batch.end[i] = end;
+    if ((batch.range[i] & 255) == 0) publish(destination(p, peers, first + i).cell, epoch, 0);
 }
 
 // A warp has stored its part of a row. Whoever stores a chunk's last publishes it: the counter in shared memory orders
@@ -172,24 +200,35 @@ DEVICE void close_row(int* left, u64 cell, u32 epoch) {
     if (atomicSub(left, 1) == 1) publish(cell, epoch, 0);
 }
 
-DEVICE void push_results(const Params& p, u32 epoch) {
+DEVICE void push_results(const Params& p, uint4* shared, const Round& round) {
     __shared__ u64 peers[MAX_RANKS];
     __shared__ Batch batch;
     for (int w = threadIdx.x; w < p.world; w += blockDim.x) peers[w] = peer(p, w);
-    if (__syncthreads_or(!is_acknowledged(p, epoch - 1))) return;
     const int warp = threadIdx.x / 32, parts = p.sender_parts;
     const int mine = (p.num_chunks * p.world - (int)blockIdx.x + p.senders - 1) / p.senders;
     const Span span = span_of(p.dim, warp % parts, parts);
-    for (int first = 0; first < mine; first += MAX_BATCH) {
-        const int count = min(MAX_BATCH, mine - first);
+    if (mine <= 0) return;
+    int count = min(MAX_BATCH, mine);
+    set_batch(p, batch, count, threadIdx.x < count ? range_of(p, threadIdx.x) : 0);
+    __syncthreads();
+    const u32 epoch = round.epoch;
+    if (__syncthreads_or(round.dead || !is_acknowledged(p, epoch - 1))) return;
+    for (int first = 0;;) {
         open_batch(p, peers, batch, first, count, epoch);
+        __syncthreads();
         for (int row = warp / parts, i = 0; row < batch.end[count - 1]; row += warps() / parts) {
             while (row >= batch.end[i]) ++i;
             const int nth = row - (batch.end[i] - (batch.range[i] & 255));
             const Destination to = destination(p, peers, first + i);
-            push_slot(p, peers[to.home], to.home, (batch.range[i] >> 8) + nth, span);
+            push_slot(p, peers[to.home], to.home, (batch.range[i] >> 8) + nth, span, shared + warp * (p.stash / 16));
             close_row(&batch.left[i], to.cell, epoch);
         }
+        first += MAX_BATCH;
+        if (first >= mine) return;
+        __syncthreads();
+        count = min(MAX_BATCH, mine - first);
+        set_batch(p, batch, count, threadIdx.x < count ? range_of(p, first + threadIdx.x) : 0);
+        __syncthreads();
     }
 }
 
@@ -222,40 +261,42 @@ DEVICE bool sum_token(const Params& p, int chunk, int token, int part, u32 epoch
     return true;
 }
 
-DEVICE void sum_results(const Params& p, u32 epoch) {
-    const int block = blockIdx.x - (p.roles & SEND ? p.senders : 0), parts = p.receiver_parts;
-    for (int i = block * warps() + threadIdx.x / 32; i < p.num_tokens * parts; i += p.receivers * warps())
-        if (!sum_token(p, i / parts / p.chunk, i / parts, i % parts, epoch)) return;
-}
-
-// Ranks that a token does not need are waited for here, so that the acknowledgement means: their rows have all come.
-DEVICE void finish_combine(const Params& p, u32 epoch) {
-    if (!is_last_block(p, RECEIVERS_DONE, p.receivers)) return;
-    bool good = !failed(p);
-    u64 value;
-    for (int i = threadIdx.x; good && i < p.world * p.num_chunks; i += blockDim.x)
-        good = wait_for(p, p.window + p.at_cells + (u64)i * 8, epoch, WAIT_ROWS, i / p.num_chunks, &value);
-    good = !__syncthreads_or(!good);
-    if (!good) fill_nan(p.x, (u64)p.num_tokens * (p.dim / UNIT) * 16);
-    end_receive(p, epoch, good);
+// Only the ranks that a token needs are waited for: a chunk without rows for this rank tells it nothing.
+DEVICE bool sum_results(const Params& p, int block, const Round& round) {
+    __syncthreads();
+    if (round.dead) return false;
+    if (block == 0) acknowledge(p);
+    const int parts = p.receiver_parts;
+    for (int i = threadIdx.x / 32 * p.receivers + block; i < p.num_tokens * parts; i += p.receivers * warps())
+        if (!sum_token(p, i / parts / p.chunk, i / parts, i % parts, round.epoch)) return false;
+    return true;
 }
 
 extern "C" __global__ void __launch_bounds__(384, 2) moeweave_combine(const __grid_constant__ Params p) {
-    const bool sends = p.roles & SEND && blockIdx.x < p.senders;
-    const u32 epoch = *counter(p, sends ? SENT : RECEIVED) + 1;
-    const bool dead = __syncthreads_or(failed(p));
-    if (sends) {
-        if (!dead) push_results(p, epoch);
-        end_send(p, epoch);
-    } else {
-        if (!dead) sum_results(p, epoch);
-        finish_combine(p, epoch);
+    extern __shared__ uint4 kept[];
+    __shared__ Round round;
+    if (blockIdx.x < p.senders) {
+        begin(p, round, SENT, blockIdx.x);
+        push_results(p, kept, round);
+        return end(p, SENT, blockIdx.x, round.epoch);
     }
+    const int block = blockIdx.x - p.senders;
+    begin(p, round, RECEIVED, block);
+    const bool bad = __syncthreads_or(!sum_results(p, block, round));
+    end(p, RECEIVED, block, round.epoch);
+    if (!bad) return;
+    spoil(p, round.epoch, [&](u32 piece) { fill_nan(p.x, (u64)p.num_tokens * (p.dim / UNIT) * 16, piece); });
+}
+
+// All products have reached the tokens' ranks: the dispatch that sent them has ended.
+DEVICE void publish_dots(const Params& p, u32 epoch) {
+    for (int w = threadIdx.x; w < p.world; w += blockDim.x) publish(peer(p, w) + p.at_flags + p.rank * 8, epoch, 0);
 }
 
 // After a dispatch with GRADIENT: the products that came home -> grad_weights [T, K], zeros where not routed.
 extern "C" __global__ void __launch_bounds__(512) moeweave_weight_gradients(const __grid_constant__ Params p) {
-    const u32 epoch = *counter(p, RECEIVED);
+    const u32 epoch = *epoch_of(p, p.kind, RECEIVED, 0);
+    if (blockIdx.x == 0 && !failed(p)) publish_dots(p, epoch);
     const bool good = !__syncthreads_or(failed(p)) && wait_for_ranks(p, p.window + p.at_flags, epoch, WAIT_DOTS);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.num_tokens * K; i += gridDim.x * blockDim.x) {
         const int id = expert_id(p, i), rank = id < 0 ? -1 : rank_of(p, id);
@@ -274,15 +315,21 @@ extern "C" __global__ void __launch_bounds__(512) moeweave_plan(const __grid_con
     extern __shared__ int shared[];
     __shared__ Layout layout;
     __shared__ u64 peers[MAX_RANKS];
-    const u32 epoch = *counter(p, SENT) + 1;
+    const u32 epoch = *epoch_of(p, p.kind, SENT, 0) + 1;
+    int id[K] = {};
+    if (threadIdx.x < p.num_tokens) load_experts(p, threadIdx.x, id);
     for (int w = threadIdx.x; w < p.world; w += blockDim.x) peers[w] = peer(p, w);
-    count_before(p, layout, shared, shared, p.num_tokens);
-    bool good = !__syncthreads_or(failed(p)) && wait_for_ranks(p, p.window + p.at_acks, epoch - 1, WAIT_ACK);
+    clear_counts(p, layout, shared, shared);
+    __syncthreads();
+    count_before(p, layout, shared, shared, p.num_tokens, id);
+    bool good = !__syncthreads_or(failed(p));
+    if (good) acknowledge(p);
+    good = good && !__syncthreads_or(!is_acknowledged(p, epoch - 1));
     if (good) send_counts(p, peers, shared, epoch);
     good = good && wait_for_ranks(p, p.window + p.at_flags, epoch, WAIT_COUNTS);
     if (good) expert_bases(p, shared, p.window + p.at_counts, true);
     __syncthreads();
     if (threadIdx.x == 0) ((volatile u64*)p.report)[6] = good ? ((int*)p.offsets)[p.num_local - 1] : 0;
-    if (threadIdx.x == 0) *counter(p, SENT) = epoch;
-    end_receive(p, epoch, good);
+    end(p, SENT, 0, epoch);
+    end(p, RECEIVED, 0, epoch);
 }

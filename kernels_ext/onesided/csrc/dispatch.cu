@@ -1,8 +1,7 @@
 // Dispatch: rows of this rank's tokens into the windows of their experts' ranks, once a rank, and there, as they arrive,
 // into expert-major order (by expert, then source rank, then route).
 //
-// Blocks [0, senders) send and publish chunk by chunk; the others expand. A launch has both roles, or one. With CACHED
-// the layout of an earlier dispatch is used again; with GRADIENT the rows are gradients of a combine's result: what is
+// Blocks [0, senders) send and publish chunk by chunk; the others expand. With CACHED the layout of an earlier dispatch is used again; with GRADIENT the rows are gradients of a combine's result: what is
 // written is weight * gradient, and the product with the saved row goes back as the weight's gradient.
 
 // Where an entry of `sent` puts its row: this rank's slot in the window of another.
@@ -101,7 +100,6 @@ DEVICE void publish_pass(const Params& p, const u64* peers, const Layout& layout
         const u32 range = p.flags & CACHED ? 0 : slots_of_chunk(layout, start, min(start + p.chunk, count), w);
         publish(peers[w] + p.at_cells + ((u64)p.rank * p.num_chunks + first / p.chunk + i / p.world) * 8, epoch, range);
     }
-    __syncthreads();
 }
 
 // Counts of my routes to each rank's experts, by the last blocks: they count nearly all tokens anyway, and where tokens
@@ -125,7 +123,7 @@ DEVICE void publish_empty_chunks(const Params& p, const u64* peers, u32 epoch) {
     }
 }
 
-DEVICE void send_tokens(const Params& p, int* shared, u32 epoch) {
+DEVICE void send_tokens(const Params& p, int* shared, const Round& round) {
     __shared__ Layout layout;
     __shared__ u64 peers[MAX_RANKS];
     for (int w = threadIdx.x; w < p.world; w += blockDim.x) peers[w] = peer(p, w);
@@ -133,17 +131,32 @@ DEVICE void send_tokens(const Params& p, int* shared, u32 epoch) {
     const int begin = min(blockIdx.x * share, p.num_tokens), end = min(begin + share, p.num_tokens);
     const bool cached = p.flags & CACHED, counts = !cached && p.senders - 1 - blockIdx.x < p.world;
     int *before_E = shared, *total_E = counts ? shared + p.num_experts : shared;
+    const int first_token = begin < end ? begin : 0;
+    int id[K] = {};
+    if (!cached) {
+        if (threadIdx.x < (counts ? p.num_tokens : first_token)) load_experts(p, threadIdx.x, id);
+        load_pass(p, layout, begin, min(pass, end - begin));
+        clear_counts(p, layout, before_E, total_E);
+    }
+    __syncthreads();
+    const u32 epoch = round.epoch;
     // Rows of the round before must have been read by every rank that I am about to write to.
-    const bool free = is_acknowledged(p, epoch - 1);
-    if (!cached && (counts || begin < end)) count_before(p, layout, before_E, total_E, begin < end ? begin : 0);
+    const bool free = !round.dead && is_acknowledged(p, epoch - 1);
+    if (!cached) count_before(p, layout, before_E, total_E, first_token, id);
     if (__syncthreads_or(!free)) return;
     if (counts) send_counts(p, peers, total_E, epoch);
     for (int first = begin; first < end; first += pass) {
         const int count = min(pass, end - first);
+        if (!cached && first > begin) {
+            __syncthreads();
+            advance(p, layout, before_E, pass);
+            __syncthreads();
+            load_pass(p, layout, first, count);
+            __syncthreads();
+        }
         if (!cached) lay_out(p, layout, before_E, first, count);
         send_rows(p, peers, layout, first, count);
         publish_pass(p, peers, layout, first, count, epoch);
-        if (!cached) advance(p, layout, before_E, count);
     }
     publish_empty_chunks(p, peers, epoch);
 }
@@ -176,14 +189,14 @@ DEVICE int row_of(const Params& p, const int* base_EW, int source, u64 slot, con
 }
 
 // What later operations need of a slot, out of the window: rows and weights of its routes, its token.
-DEVICE void keep_slot(const Params& p, u64 slot, int row, const Meta& meta) {
+DEVICE void keep_slot(const Params& p, u64 slot, int row, const Meta& meta, u32* dropped) {
     const int k = threadIdx.x % 32;
     if (p.flags & GRADIENT) return;
     if (k < K && row >= 0) ((u32*)p.row_weights)[row] = meta.weight;
     if (p.flags & CACHED) return;
     if (k < K) ((int*)p.route_row)[slot * K + k] = row;
     if (k == 0) ((int*)p.tokens)[slot] = (int)meta.token;
-    if (row == -2) atomicAdd((u32*)p.state + DROPPED, 1u);
+    if (row == -2) atomicAdd(dropped, 1u);
 }
 
 // A row as it is (or its codes, with RAW) to the rows of its routes. `find_rows` is called once the first loads are out.
@@ -270,12 +283,12 @@ DEVICE void expand_codes(const Params& p, u64 source, FindRows find_rows) {
     }
 }
 
-DEVICE void expand_slot(const Params& p, const int* base_EW, int source, int slot_of_source, int part) {
+DEVICE void expand_slot(const Params& p, const int* base_EW, int source, int slot_of_source, int part, u32* dropped) {
     const u64 slot = (u64)source * p.max_tokens + slot_of_source, row_at = p.window + p.at_rows + slot * p.row_stride;
     const Meta meta = load_meta(p, slot);
     auto find_rows = [&] {
         const int row = row_of(p, base_EW, source, slot, meta);
-        if (part == 0) keep_slot(p, slot, row, meta);
+        if (part == 0) keep_slot(p, slot, row, meta, dropped);
         return row;
     };
     const Span span = span_of(p.dim, part, p.receiver_parts);
@@ -287,11 +300,6 @@ DEVICE void expand_slot(const Params& p, const int* base_EW, int source, int slo
         expand_decoded(p, row_at, find_rows(), span);
     else if (part == 0)
         expand_codes(p, row_at, find_rows);
-}
-
-// All products have reached the tokens' ranks: moeweave_weight_gradients there waits for this.
-DEVICE void publish_dots(const Params& p, u32 epoch) {
-    for (int w = threadIdx.x; w < p.world; w += blockDim.x) publish(peer(p, w) + p.at_flags + p.rank * 8, epoch, 0);
 }
 
 // Rows between an expert's last row and its aligned end are zeros: a grouped GEMM reads them.
@@ -310,10 +318,11 @@ DEVICE void zero_padding(const Params& p, const int* base_EW, int block) {
 }
 
 // Every warp takes rows (or parts of rows) in the order in which they are expected to arrive, and waits for each chunk.
-DEVICE bool receive_rows(const Params& p, const int* base_EW, int block, u32 epoch) {
+// Neighbouring parts go to different blocks: few rows are then written by many multiprocessors.
+DEVICE bool receive_rows(const Params& p, const int* base_EW, int block, u32 epoch, u32* dropped) {
     const int lane = threadIdx.x % 32, parts = p.receiver_parts, share = share_of(p);
     const int per_cell = p.chunk * parts, work = max(p.num_chunks, p.senders * share) * p.world * per_cell;
-    for (int i = block * warps() + threadIdx.x / 32; i < work; i += p.receivers * warps()) {
+    for (int i = threadIdx.x / 32 * p.receivers + block; i < work; i += p.receivers * warps()) {
         const int cell_in_order = i / per_cell, nth = i % per_cell / parts, part = i % per_cell % parts;
         const int chunk = chunk_in_order(cell_in_order / p.world, p.senders, share);
         if (chunk >= p.num_chunks) continue;
@@ -326,45 +335,52 @@ DEVICE bool receive_rows(const Params& p, const int* base_EW, int block, u32 epo
         int* kept = (int*)p.chunks + (i64)source * p.num_chunks + chunk;
         const int range = p.flags & CACHED ? *kept : (int)__shfl_sync(ALL, (u32)value, 0);
         if (!(p.flags & CACHED) && lane == 0 && nth == 0 && part == 0) *kept = range;
-        if (nth < (range & 255)) expand_slot(p, base_EW, source, (range >> 8) + nth, part);
+        if (nth < (range & 255)) expand_slot(p, base_EW, source, (range >> 8) + nth, part, dropped);
     }
     return true;
 }
 
-DEVICE void receive_tokens(const Params& p, int* base_EW, u32 epoch) {
-    const int block = blockIdx.x - (p.roles & SEND ? p.senders : 0);
-    bool good = p.flags & CACHED || wait_for_ranks(p, p.window + p.at_flags, epoch, WAIT_COUNTS);
-    if (good && !(p.flags & CACHED)) expert_bases(p, base_EW, p.window + p.at_counts, block == 0);
-    if (good && !(p.flags & CACHED)) zero_padding(p, base_EW, block);
-    if (good) receive_rows(p, base_EW, block, epoch);
+DEVICE bool receive_tokens(const Params& p, int* base_EW, int block, const Round& round, u32* dropped) {
+    __syncthreads();
+    if (round.dead) return false;
+    if (block == 0) acknowledge(p);
+    if (!(p.flags & CACHED)) {
+        if (!wait_for_ranks(p, p.window + p.at_flags, round.epoch, WAIT_COUNTS)) return false;
+        expert_bases(p, base_EW, p.window + p.at_counts, block == 0);
+        zero_padding(p, base_EW, block);
+    }
+    return receive_rows(p, base_EW, block, round.epoch, dropped);
 }
 
-DEVICE void finish_dispatch(const Params& p, u32 epoch) {
-    if (!is_last_block(p, RECEIVERS_DONE, p.receivers)) return;
-    const bool good = !failed(p);
+DEVICE void spoil_rows(const Params& p, u32 epoch) {
     const u64 row_bytes = p.flags & RAW ? (u64)p.dim : (u64)(p.dim / UNIT) * 16;
-    if (!__syncthreads_or(!good)) {
-        if (p.flags & GRADIENT) publish_dots(p, epoch);
-        const u32 dropped = ((u32*)p.state)[DROPPED];
-        if (threadIdx.x == 0 && dropped) ((volatile u64*)p.report)[5] = dropped;
-        return end_receive(p, epoch, true);
-    }
-    fill_nan(p.rows, (u64)p.capacity * row_bytes);
-    if (p.row_weights && !(p.flags & GRADIENT)) fill_nan(p.row_weights, (u64)p.capacity * 4);
-    if (p.scales) fill_nan(p.scales, (u64)p.capacity * 4 * (GROUP ? p.dim / GROUP : 1));
-    end_receive(p, epoch, false);
+    spoil(p, epoch, [&](u32 piece) {
+        fill_nan(p.rows, (u64)p.capacity * row_bytes, piece);
+        if (p.row_weights && !(p.flags & GRADIENT)) fill_nan(p.row_weights, (u64)p.capacity * 4, piece);
+        if (p.scales) fill_nan(p.scales, (u64)p.capacity * 4 * (GROUP ? p.dim / GROUP : 1), piece);
+    });
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2) moeweave_dispatch(const __grid_constant__ Params p) {
+// Rows that this block dropped, added to those of earlier launches, and told to the host.
+DEVICE void report_dropped(const Params& p, int block, u32 dropped) {
+    u32* total = (u32*)p.state + DROPPED + block;
+    ((volatile u64*)p.report)[8 + block] = *total += dropped;
+}
+
+extern "C" __global__ void __launch_bounds__(384, 2) moeweave_dispatch(const __grid_constant__ Params p) {
     extern __shared__ int shared[];
-    const bool sends = p.roles & SEND && blockIdx.x < p.senders;
-    const u32 epoch = *counter(p, sends ? SENT : RECEIVED) + 1;
-    const bool dead = __syncthreads_or(failed(p));
-    if (sends) {
-        if (!dead) send_tokens(p, shared, epoch);
-        end_send(p, epoch);
-    } else {
-        if (!dead) receive_tokens(p, shared, epoch);
-        finish_dispatch(p, epoch);
+    __shared__ Round round;
+    __shared__ u32 dropped;
+    if (blockIdx.x < p.senders) {
+        begin(p, round, SENT, blockIdx.x);
+        send_tokens(p, shared, round);
+        return end(p, SENT, blockIdx.x, round.epoch);
     }
+    const int block = blockIdx.x - p.senders;
+    if (threadIdx.x == 0) dropped = 0;
+    begin(p, round, RECEIVED, block);
+    const bool bad = __syncthreads_or(!receive_tokens(p, shared, block, round, &dropped));
+    if (threadIdx.x == 0 && dropped) report_dropped(p, block, dropped);
+    end(p, RECEIVED, block, round.epoch);
+    if (bad) spoil_rows(p, round.epoch);
 }

@@ -21,39 +21,75 @@ struct Layout {
     int sent[MAX_PASS * K];
 };
 
+DEVICE int expert_or_none(const Params& p, i64 id) { return (u64)id < (u64)p.num_experts ? (int)id : -1; }
+
 DEVICE int expert_id(const Params& p, i64 route) {
-    i64 id = p.ids_wide ? ((const i64*)p.ids)[route] : ((const int*)p.ids)[route];
-    return id < 0 || id >= p.num_experts ? -1 : (int)id;
+    return expert_or_none(p, p.ids_wide ? ((const i64*)p.ids)[route] : ((const int*)p.ids)[route]);
+}
+
+// Experts of a token's routes. All loads are out before the first is used: behind a branch each, one would wait for the other.
+DEVICE void load_experts(const Params& p, int token, int* id) {
+    const i64 first = (i64)token * K;
+    i64 wide[K];
+    if (p.ids_wide) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) wide[k] = ((const i64*)p.ids)[first + k];
+    } else {
+#pragma unroll
+        for (int k = 0; k < K; ++k) wide[k] = ((const int*)p.ids)[first + k];
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) id[k] = expert_or_none(p, wide[k]);
 }
 
 // id / num_local: exact for ids below 65536; magic is 0 for one expert a rank.
 DEVICE int rank_of(const Params& p, int id) { return p.magic ? __umulhi((u32)id, (u32)p.magic) : id; }
 
-// Counts of the tokens before `first_token`: routes to each expert, tokens to each rank. `total_E`, if it is another array,
-// counts all tokens.
-DEVICE void count_before(const Params& p, Layout& layout, int* before_E, int* total_E, int first_token) {
+DEVICE u64 ranks_of(const Params& p, const int* id) {
+    u64 mask = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) mask |= id[k] < 0 ? 0 : 1ull << rank_of(p, id[k]);
+    return mask;
+}
+
+DEVICE void clear_counts(const Params& p, Layout& layout, int* before_E, int* total_E) {
     for (int i = threadIdx.x; i < p.num_experts; i += blockDim.x) before_E[i] = 0, total_E[i] = 0;
     for (int w = threadIdx.x; w < p.world; w += blockDim.x) layout.before_w[w] = 0;
-    __syncthreads();
-    const int end = total_E == before_E ? first_token : p.num_tokens;
+}
+
+// Counts of the tokens before `first_token`: routes to each expert, tokens to each rank. `total_E`, if it is another array,
+// counts all tokens. `id` holds the experts of token threadIdx.x, if there is one: they were asked for earlier. Every thread
+// of the block calls it between barriers.
+DEVICE void count_before(const Params& p, Layout& layout, int* before_E, int* total_E, int first_token, int* id) {
+    const bool all = total_E != before_E;
+    const int end = all ? p.num_tokens : first_token;
     for (int start = 0; start < end; start += blockDim.x) {
         const int token = start + threadIdx.x;
-        u64 mask = 0;
-        int id[K];
-#pragma unroll
-        for (int k = 0; k < K; ++k) id[k] = token < end ? expert_id(p, (i64)token * K + k) : -1;
+        if (start > 0 && token < end) load_experts(p, token, id);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            if (id[k] < 0) continue;
-            if (token < first_token) atomicAdd(&before_E[id[k]], 1), mask |= 1ull << rank_of(p, id[k]);
-            if (total_E != before_E) atomicAdd(&total_E[id[k]], 1);
+            const bool routed = token < end && id[k] >= 0;
+            if (routed && token < first_token) atomicAdd(&before_E[id[k]], 1);
+            if (routed && all) atomicAdd(&total_E[id[k]], 1);
         }
-        for (int w = 0; w < p.world && start < first_token; ++w) {
+        if (start + (int)threadIdx.x / 32 * 32 >= first_token) continue;
+        const u64 mask = token < first_token ? ranks_of(p, id) : 0;
+        for (int w = 0; w < p.world; ++w) {
             const int here = __popc(__ballot_sync(ALL, mask >> w & 1));
             if (threadIdx.x % 32 == 0 && here) atomicAdd(&layout.before_w[w], here);
         }
     }
-    __syncthreads();
+}
+
+// Experts and ranks of the next tokens, one a thread, from the last thread on: the first ones count.
+DEVICE void load_pass(const Params& p, Layout& layout, int first, int count) {
+    const int t = blockDim.x - 1 - threadIdx.x;
+    if (t >= count) return;
+    int id[K];
+    load_experts(p, first + t, id);
+#pragma unroll
+    for (int k = 0; k < K; ++k) layout.id[t * K + k] = id[k];
+    layout.mask[t] = ranks_of(p, id);
 }
 
 // Where a route goes, given the routes before it: its pair, and the entry of `sent` it writes if it is the token's first
@@ -74,21 +110,8 @@ DEVICE void place_route(const Params& p, Layout& layout, const int* before_E, in
     layout.sent[token * K + __popcll(mask & ((1ull << rank) - 1))] = rank << 24 | slot;
 }
 
-// Layout of the next tokens, given the counts before them. Every thread of the block calls it.
+// Layout of the tokens that load_pass brought, given the counts before them. Every thread of the block calls it.
 DEVICE void lay_out(const Params& p, Layout& layout, const int* before_E, int first, int count) {
-    for (int t = threadIdx.x; t < count; t += blockDim.x) {
-        u64 mask = 0;
-        int id[K];
-#pragma unroll
-        for (int k = 0; k < K; ++k) id[k] = expert_id(p, (i64)(first + t) * K + k);
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-            layout.id[t * K + k] = id[k];
-            if (id[k] >= 0) mask |= 1ull << rank_of(p, id[k]);
-        }
-        layout.mask[t] = mask;
-    }
-    __syncthreads();
     for (int i = threadIdx.x; i < count * K; i += blockDim.x) place_route(p, layout, before_E, i);
     __syncthreads();
     int* sent = (int*)p.sent + (i64)first * K;
@@ -103,13 +126,12 @@ DEVICE u32 slots_of_chunk(const Layout& layout, int first, int last, int rank) {
     return (u32)start << 8 | (u32)count;
 }
 
-// After a pass: its routes are before the next one. Every thread of the block calls it, after the pass was published.
+// After a pass: its routes are before the next one. Every thread of the block calls it between barriers.
 DEVICE void advance(const Params& p, Layout& layout, int* before_E, int count) {
     for (int i = threadIdx.x; i < count * K; i += blockDim.x)
         if (layout.id[i] >= 0) atomicAdd(&before_E[layout.id[i]], 1);
     for (int w = threadIdx.x; w < p.world; w += blockDim.x)
         for (int t = 0; t < count; ++t) layout.before_w[w] += (int)(layout.mask[t] >> w & 1);
-    __syncthreads();
 }
 
 // The chunk of tokens that is `i`-th to be sent, if each of `blocks` blocks sends `share` neighbouring ones.
@@ -123,14 +145,19 @@ DEVICE int share_of(const Params& p) { return (chunks_of(p) + p.senders - 1) / p
 DEVICE void expert_bases(const Params& p, int* base_EW, u64 counts_at, bool writes) {
     __shared__ int sums[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // All counts at once; then everything is in shared memory.
+    for (int i = threadIdx.x; i < p.num_experts; i += blockDim.x)
+        base_EW[i % p.num_local * p.world + i / p.num_local] = (int)load4(counts_at + (u64)i * 4);
+    __syncthreads();
     int before = 0;
     for (int start = 0; start < p.num_local; start += blockDim.x) {
         const int expert = start + threadIdx.x;
         int rows = 0;
         if (expert < p.num_local)
             for (int w = 0; w < p.world; ++w) {
+                const int count = base_EW[expert * p.world + w];
                 base_EW[expert * p.world + w] = rows;
-                rows += (int)load4(counts_at + ((u64)w * p.num_local + expert) * 4);
+                rows += count;
             }
         const int padded = (rows + p.align - 1) / p.align * p.align;
         int end = padded;

@@ -5,8 +5,10 @@
 //
 //     cell (u64) = epoch << 32 | value      __syncthreads, fence.acq_rel.sys, st.relaxed.sys   ...   ld.acquire.sys
 //
-// Epochs are counted on the device, one counter per role and kind of operation, and compared for equality, so they may
-// wrap. A window is written again only after its reader acknowledged the round before. Every wait has a deadline.
+// Epochs are counted on the device, by every block for itself (see State), and compared for equality, so they may wrap. A
+// window is written again only after its reader acknowledged the round before: a launch acknowledges what earlier ones
+// have received, since it comes after their end, and no launch has to wait for its own last block. Every wait has a
+// deadline.
 //
 // Legend: W ranks, K routes a token, e experts of a rank, D width of a row.
 
@@ -25,11 +27,11 @@ constexpr u32 ALL = 0xffffffff;
 struct Params {
     u64 peers;       // u64 [W]: addresses of the windows
     u64 window;      // address of this rank's
-    u64 state;       // u32 [32]: counters of this rank, see State
-    u64 report;      // u64 [8] in pinned host memory: what failed, see fail()
+    u64 state;       // u32 [STATE_WORDS]: counters of this rank, see State
+    u64 report;      // u64 [8 + MAX_BLOCKS] in pinned host memory: what failed, see fail(); rows that each block dropped
     u64 deadline;    // nanoseconds that one wait may take
     u64 at_abort;    // u64: a peer failed, and this is what it waited for
-    u64 at_acks;     // u64 [W]: round of mine that rank w has consumed
+    u64 at_acks;     // u64 [kinds, W]: round of mine that rank w has consumed
     u64 at_flags;    // u64 [W]: rank w's counts (or weight gradients) are here
     u64 at_cells;    // u64 [W, chunks]: rows of rank w's chunk are here
     u64 at_counts;   // u32 [W, e]: routes of rank w to my experts
@@ -53,17 +55,21 @@ struct Params {
     i64 capacity;
     int rank, world, num_experts, num_local, magic, num_tokens, max_tokens, chunk, num_chunks, dim;
     int senders, receivers, sender_parts, receiver_parts, align;
-    int kind, roles, flags, ids_wide, weights_type;
+    int kind, flags, ids_wide, weights_type, stash;
 };
 
-enum Role { SEND = 1, RECEIVE = 2 };
 enum Flag { CACHED = 1, RAW = 2, GRADIENT = 4, EXACT = 8, WEIGHTED = 16 };
 enum Wait { WAIT_ACK = 1, WAIT_COUNTS = 2, WAIT_ROWS = 3, WAIT_DOTS = 4 };
 
-// u32 counters of a rank: two for all operations, then four per kind of operation.
-enum State { FAILED = 0, DROPPED = 1, KINDS = 8, SENT = 0, RECEIVED = 1, SENDERS_DONE = 2, RECEIVERS_DONE = 3 };
+// u32 words of a rank: whether it failed, a ticket (two words, see next_piece), then for each kind of operation and role an
+// epoch a block, and for each block the rows it dropped. A block alone reads and writes its words, at its start and its end.
+enum State { FAILED = 0, TICKET = 2, EPOCHS = 8 };
+enum Role { SENT = 0, RECEIVED = 1 };
+constexpr int KINDS = 3, PLAN = 2, MAX_BLOCKS = 512, DROPPED = EPOCHS + KINDS * 2 * MAX_BLOCKS, STATE_WORDS = DROPPED + MAX_BLOCKS;
 
-DEVICE u32* counter(const Params& p, int which) { return (u32*)p.state + KINDS + 4 * p.kind + which; }
+DEVICE u32* epoch_of(const Params& p, int kind, Role role, int block) {
+    return (u32*)p.state + EPOCHS + (kind * 2 + role) * MAX_BLOCKS + block;
+}
 DEVICE u64 peer(const Params& p, int rank) { return ((const u64*)p.peers)[rank]; }
 DEVICE int warps() { return blockDim.x / 32; }
 
@@ -127,13 +133,14 @@ static __device__ __noinline__ void fail(const Params& p, u32 kind, u32 wait, u3
 // Did this rank fail?
 DEVICE bool failed(const Params& p) { return load_relaxed((u32*)p.state + FAILED) != 0; }
 
-// The rarely taken part of a wait: false after the deadline, or when this rank or a peer has failed.
+// The rarely taken part of a wait: false after the deadline, or when this rank or a peer has failed. Who waits for what a
+// peer sends waits an eighth longer: that peer may itself wait for the acknowledgement of a dead one, which it then names.
 static __device__ __noinline__ bool may_go_on(const Params& p, u64* started, u32 wait, u32 awaited) {
     u64 told = load_acquire(p.window + p.at_abort);
     if (told != 0) fail(p, told >> 24 & 255, told >> 16 & 255, told >> 8 & 255, told & 255, false);
     if (told != 0 || failed(p)) return false;
     if (*started == 0) *started = now();
-    if (now() - *started < p.deadline) return true;
+    if (now() - *started < p.deadline + (wait == WAIT_ACK ? 0 : p.deadline / 8)) return true;
     fail(p, p.kind, wait, awaited, p.rank, true);
     return false;
 }
@@ -162,39 +169,82 @@ DEVICE bool is_acknowledged(const Params& p, u32 epoch) {
     bool ok = true;
     u64 value;
     for (int w = blockDim.x - 1 - threadIdx.x; w < p.world; w += blockDim.x)
-        ok &= wait_for(p, p.window + p.at_acks + w * 8, epoch, WAIT_ACK, w, &value);
+        ok &= wait_for(p, p.window + p.at_acks + (p.kind * p.world + w) * 8, epoch, WAIT_ACK, w, &value);
     return ok;
 }
 
-// The block that ends a role last, after all blocks of the role have finished their reads and stores.
-DEVICE bool is_last_block(const Params& p, int done, int blocks) {
-    __shared__ bool last;
+// By the first receiving block of a launch: what earlier launches received, of all kinds, has been read. Of its own kind the
+// earlier launch has ended. Another kind may be under way on another stream, its blocks not all of one epoch: it is left to
+// its own next launch. Two steps, for one fence.
+DEVICE void acknowledge(const Params& p) {
+    __shared__ int mixed[KINDS];
+    if (threadIdx.x < KINDS) mixed[threadIdx.x] = 0;
+    const int kind = threadIdx.x / p.world, w = threadIdx.x % p.world;
+    u32 epoch = kind < KINDS ? load_relaxed(epoch_of(p, kind, RECEIVED, 0)) : 0;
+    if (kind == p.kind) publish(peer(p, w) + p.at_acks + (kind * p.world + p.rank) * 8, epoch, 0);
     __syncthreads();
-    if (threadIdx.x == 0) {
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        last = atomicAdd(counter(p, done), 1u) == (u32)blocks - 1;
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    for (int other = 0; other < KINDS; ++other)
+        for (int block = threadIdx.x; other != p.kind && other != PLAN && block < p.receivers; block += blockDim.x)
+            if (load_relaxed(epoch_of(p, other, RECEIVED, block)) != load_relaxed(epoch_of(p, other, RECEIVED, 0))) mixed[other] = 1;
+    __syncthreads();
+    if (kind < KINDS && kind != p.kind && !mixed[kind])
+        publish(peer(p, w) + p.at_acks + (kind * p.world + p.rank) * 8, epoch, 0);
+}
+
+// What a block is told at its start, in shared memory. One thread asks: at one address, all of them would queue.
+struct Round {
+    u32 epoch;
+    bool dead;
+};
+
+DEVICE void begin(const Params& p, Round& round, Role role, int block) {
+    if (threadIdx.x != 0) return;
+    const u32 dead = failed(p);
+    round.epoch = *epoch_of(p, p.kind, role, block) + 1, round.dead = dead;
+}
+
+// The next launch is of the next epoch. The fence is for spoil(): who reads the epoch there comes after this block's stores.
+DEVICE void end(const Params& p, Role role, int block, u32 epoch) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (role == RECEIVED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(epoch_of(p, p.kind, role, block)), "r"(epoch) : "memory");
+}
+
+constexpr int PIECES = 1024;
+
+// Pieces of this launch's results, each to one of the blocks that failed.
+DEVICE u32 next_piece(const Params& p, u32 epoch) {
+    u64* ticket = (u64*)((u32*)p.state + TICKET);
+    const u64 launch = (u64)epoch << 32;
+    for (u64 seen = *(volatile u64*)ticket;;) {
+        const u64 mine = seen >> 32 == epoch ? seen : launch, found = atomicCAS(ticket, seen, mine + 1);
+        if (found == seen) return (u32)mine;
+        seen = found;
     }
-    __syncthreads();
-    return last;
 }
 
-// By the last sending block: the next launch sends the next epoch.
-DEVICE void end_send(const Params& p, u32 epoch) {
-    if (!is_last_block(p, SENDERS_DONE, p.senders) || threadIdx.x != 0) return;
-    *counter(p, SENT) = epoch, *counter(p, SENDERS_DONE) = 0;
-}
-
-// By the last receiving block: senders may write this rank's window again.
-DEVICE void end_receive(const Params& p, u32 epoch, bool good) {
-    if (good)
-        for (int w = threadIdx.x; w < p.world; w += blockDim.x) publish(peer(p, w) + p.at_acks + p.rank * 8, epoch, 0);
-    if (threadIdx.x == 0) *counter(p, RECEIVED) = epoch, *counter(p, RECEIVERS_DONE) = 0;
-}
-
-// After a failure: results that nobody may take for numbers.
-static __device__ __noinline__ void fill_nan(u64 at, u64 bytes) {
+DEVICE void fill_nan(u64 at, u64 bytes, u32 piece) {
     const uint4 nan = {ALL, ALL, ALL, ALL};
-    for (u64 i = threadIdx.x * 16; i + 16 <= bytes; i += blockDim.x * 16) store16(at + i, nan);
-    for (u64 i = bytes / 16 * 16 + threadIdx.x * 4; i + 4 <= bytes; i += blockDim.x * 4) store4(at + i, ALL);
+    const u64 units = bytes / 16, last = units * (piece + 1) / PIECES;
+    for (u64 i = units * piece / PIECES + threadIdx.x; i < last; i += blockDim.x) store16(at + i * 16, nan);
+    if (piece == PIECES - 1)
+        for (u64 i = units * 16 + threadIdx.x * 4; i + 4 <= bytes; i += blockDim.x * 4) store4(at + i, ALL);
+}
+
+// By the blocks that failed, after the others have ended (each within its own deadline): results that nobody may take for
+// numbers. `fill(piece)` is called with every piece once.
+template <typename Fill>
+DEVICE void spoil(const Params& p, u32 epoch, Fill fill) {
+    __shared__ u32 piece;
+    for (int block = threadIdx.x; block < p.receivers; block += blockDim.x)
+        while (load_relaxed(epoch_of(p, p.kind, RECEIVED, block)) != epoch) {}
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    for (;;) {
+        __syncthreads();
+        if (threadIdx.x == 0) piece = next_piece(p, epoch);
+        __syncthreads();
+        if (piece >= PIECES) return;
+        fill(piece);
+    }
 }
