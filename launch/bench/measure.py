@@ -19,6 +19,8 @@ from moeweave.launch.schema import BenchConfig
 from moeweave.parallel.mesh import Mesh
 
 L2_BYTES = 256 << 20  # more than any accelerator's second-level cache
+HELD = 300.0, 3000.0  # microseconds that a device is held, the least and the most
+LAUNCHES = 5
 TRACED = 3
 
 
@@ -27,8 +29,10 @@ class Times:
     """Microseconds of every iteration, of the slowest rank.
 
     Attributes:
-        device: from the moment that all ranks were ready to the end of the work on the device.
-        host: until the call returned.
+        device: from the moment that all ranks were ready to the end of the work on the device. CUDA devices are held
+            for as long as launching takes before that moment, as they are in a program that keeps them busy: what is
+            launched meanwhile costs nothing, and ranks start within a few microseconds of each other.
+        host: until the call returned, with nothing else on the device.
         sides: of each thing that ran, where several did at once.
     """
 
@@ -66,10 +70,11 @@ def measure(case: Case, config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         for _ in range(config.warmup):
             run()
         _synchronize(mesh)
+        hold = _hold_for(run, mesh)
     with record_function(f"time: {case.name}"):
-        times = _times(case, run, config, mesh)
+        times = _times(case, run, hold, config, mesh)
     if config.trace is not None:
-        _trace(case, run, config, mesh)
+        _trace(case, run, hold, config, mesh)
     line |= figures(times, case, line["logical_bytes"], mesh.world)
     return line if case.facts is None else line | case.facts()
 
@@ -108,26 +113,53 @@ def _wrong(case: Case, mesh: Mesh) -> int:
     return int(_over_ranks(torch.tensor([off], dtype=torch.float64), dist.ReduceOp.SUM, mesh)[0])
 
 
-def _times(case: Case, run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> Times:
+@dataclass(frozen=True)
+class _Hold:
+    """What keeps a device busy while the host launches, and how long launching took without it."""
+
+    hold: Callable[[], None]
+    hosts: list[float]
+
+
+def _hold_for(run: Callable[[], object], mesh: Mesh) -> _Hold | None:
+    """Holds a CUDA device for twice the time that the slowest rank's host needs to launch `run`, as nvbench does.
+
+    Bounded: work that waits for the device waits for this as well, though before anything is timed.
+    """
+    if mesh.device.type != "cuda":
+        return None
+    hosts = [_once_on_device(run)[1] for _ in range(LAUNCHES)]
+    cycles = 1_000_000
+    rate = cycles / min(_once_on_device(lambda: torch.cuda._sleep(cycles))[0] for _ in range(LAUNCHES))
+    host = float(_over_ranks(torch.tensor([np.median(hosts)]), dist.ReduceOp.MAX, mesh)[0])
+    held = int(rate * min(HELD[0] + 2 * host, HELD[1]))
+    return _Hold(lambda: torch.cuda._sleep(held), hosts)
+
+
+def _times(case: Case, run: Callable[[], object], hold: _Hold | None, config: BenchConfig, mesh: Mesh) -> Times:
     on_cpu = mesh.device.type == "cpu"
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=mesh.device) if config.flush and not on_cpu else None
-    once = _once_on_cpu if on_cpu else _once_on_device
     found: list[tuple[float, ...]] = []
     names: list[str] = []
     for _ in range(config.iterations):
         with record_function("flush and barrier"):
             if flush is not None:
                 flush.zero_()
+            if hold is not None:
+                hold.hold()
             _barrier(mesh)
-        device, host = once(run, mesh)
+        device, host = (_once_on_cpu if on_cpu else _once_on_device)(run)
         sides = {} if case.sides is None else case.sides()
         names = list(sides)
         found.append((device, host, *sides.values()))
     slowest = _over_ranks(torch.tensor(found, dtype=torch.float64), dist.ReduceOp.MAX, mesh).numpy()
-    return Times(slowest[:, 0], slowest[:, 1], {name: slowest[:, 2 + at] for at, name in enumerate(names)})
+    hosts = slowest[:, 1]
+    if hold is not None:  # what waits for the device has waited for the hold here
+        hosts = _over_ranks(torch.tensor(hold.hosts, dtype=torch.float64), dist.ReduceOp.MAX, mesh).numpy()
+    return Times(slowest[:, 0], hosts, {name: slowest[:, 2 + at] for at, name in enumerate(names)})
 
 
-def _once_on_cpu(run: Callable[[], object], mesh: Mesh) -> tuple[float, float]:
+def _once_on_cpu(run: Callable[[], object]) -> tuple[float, float]:
     start = time.perf_counter_ns()
     with record_function("run"):
         run()
@@ -135,8 +167,8 @@ def _once_on_cpu(run: Callable[[], object], mesh: Mesh) -> tuple[float, float]:
     return elapsed, elapsed
 
 
-def _once_on_device(run: Callable[[], object], mesh: Mesh) -> tuple[float, float]:
-    before, after = (torch.Event(device=mesh.device, enable_timing=True) for _ in range(2))
+def _once_on_device(run: Callable[[], object]) -> tuple[float, float]:
+    before, after = (torch.Event(enable_timing=True) for _ in range(2))
     before.record()
     start = time.perf_counter_ns()
     with record_function("run"):
@@ -160,13 +192,13 @@ def _graph(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def _trace(case: Case, run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> None:
+def _trace(case: Case, run: Callable[[], object], hold: _Hold | None, config: BenchConfig, mesh: Mesh) -> None:
     """<trace>/rank<r>/<case>.json: a Chrome trace of a few more iterations, whose times do not count."""
     path = Path(config.trace or "") / f"rank{mesh.rank}" / (re.sub(r"[^\w.-]+", "_", case.name) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as profile:
         with record_function(f"time: {case.name}"):
-            _times(case, run, replace(config, iterations=TRACED), mesh)
+            _times(case, run, hold, replace(config, iterations=TRACED), mesh)
         with record_function(f"check: {case.name}"):
             case.work.off()
     profile.export_chrome_trace(str(path))
