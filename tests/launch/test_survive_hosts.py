@@ -6,6 +6,7 @@ nothing broke.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -149,7 +150,7 @@ def test_an_agent_that_nobody_starts_again_ends_the_job_with_one_error(hosts: Tw
 
 
 def test_a_cut_link_ends_the_job_with_one_error_and_the_same_command_goes_on(hosts: TwoHosts, tmp_path, whole):
-    running = submit(hosts, tmp_path, "ranks.hang_timeout=8")
+    running = submit(hosts, tmp_path, "ranks.hang_timeout=20")
     until_step(6, tmp_path, running)
     in_host(hosts, "ip link set eth0 down")
     try:
@@ -170,7 +171,7 @@ def test_hosts_that_a_cut_link_parts_go_on_with_fewer_and_come_together_again(ho
     assert run("train", *gentle, "run.dir=whole", cwd=tmp_path).code == 0
     (tmp_path / "slow.py").write_text(SLOW_WHILE_TWO)
     options = ["program=slow.py", "cpu=true", "ranks_per_node=2", "min_nodes=1", "max_restarts=30", "run.dir=run"]
-    words = [*gentle, "run.dir=run", "ranks.elastic=true", "ranks.hang_timeout=8"]
+    words = [*gentle, "run.dir=run", "ranks.elastic=true", "ranks.hang_timeout=20"]
     ssh = [*hosts.ssh_overrides(), "launcher.connect_timeout=5"]
     running = start("submit_cases", hosts.names[FIRST], *options, *ssh, "--", *words, cwd=tmp_path)
     until_step(6, tmp_path, running)
@@ -181,7 +182,8 @@ def test_hosts_that_a_cut_link_parts_go_on_with_fewer_and_come_together_again(ho
         in_host(hosts, "ip link set eth0 up")
     done = running.wait(250)
     assert (done.code, done.left) == (0, ()), done.out + done.err
-    starts = [line for line in done.out.splitlines() if "mesh    " in line]
-    assert [line.split(", ")[-1] for line in starts] == ["4 ranks", "2 ranks", "4 ranks"]
+    starts = [line.split(", ")[-1] for line in done.out.splitlines() if "mesh    " in line]
+    # On a busy machine ranks that were only slow may have been started once more.
+    assert [ranks for ranks, _ in itertools.groupby(starts)] == ["4 ranks", "2 ranks", "4 ranks"]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     assert hosts.processes() == {}
