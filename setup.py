@@ -23,6 +23,7 @@ if broken:
 HF = ["transformers>=5.0", "peft>=0.18", "accelerate>=1.1"]
 DEEPSPEED = ["deepspeed>=0.19.8"]
 DEV = [
+    "hydra-submitit-launcher",
     "hypothesis",
     "import-linter>=2.1",
     "mypy>=1.15",

@@ -23,7 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moeweave.launch.schema import ConfigError, build, check_name
+from moeweave.launch.schema import ConfigError
+from moeweave.launch.strict import build, check_name
 
 T = TypeVar("T")
 

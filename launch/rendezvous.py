@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import socket
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
@@ -32,7 +35,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 BACKEND = "moeweave"
 DEFAULT_PORT = 29400
-READ_SECONDS = 60  # within which the rendezvous answers, once it has been reached
+READ_SECONDS = 60  # within which the rendezvous answers, once it has been reached, or is taken for gone
 
 
 @dataclass
@@ -182,12 +185,34 @@ def _join(host: str, port: int, timeout: float) -> TCPStore:
     try:
         store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout))
         store.set_timeout(timedelta(seconds=READ_SECONDS))
+        _end_with_the_network(address, port, READ_SECONDS)
         return store
     except RuntimeError as error:
         raise OSError(
             f"the rendezvous at {host}:{port} did not answer in {timeout:.0f} s. "
             "See whether the first host's agent runs and whether a firewall closes the port."
         ) from error
+
+
+def _end_with_the_network(address: str, port: int, seconds: int) -> None:
+    """The kernel ends this process's connections to there once the other side has been silent for so long (Linux).
+
+    torch's store waits for answers without a limit of its own, and TCP's is about 15 minutes: so long would the agent
+    of a host that is cut off hang, and hold its accelerators.
+    """
+    if sys.platform != "linux":
+        return
+    for path in Path("/proc/self/fd").iterdir():  # torch keeps the socket to itself
+        with suppress(OSError):
+            if not path.is_socket():
+                continue
+            with socket.socket(fileno=os.dup(int(path.name))) as connection:
+                host, number, *_ = connection.getpeername()
+                if (host.removeprefix("::ffff:"), number) == (address, port):
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds // 2)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, seconds // 6)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def resolve(host: str, timeout: float) -> str:

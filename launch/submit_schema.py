@@ -13,7 +13,8 @@ from moeweave.launch.launchers.local import Local
 from moeweave.launch.launchers.skypilot import Skypilot
 from moeweave.launch.launchers.slurm import Slurm
 from moeweave.launch.launchers.ssh import Ssh
-from moeweave.launch.schema import ConfigError, RunConfig, at_least, build, one_of, require
+from moeweave.launch.schema import ConfigError, RunConfig, at_least, one_of, require
+from moeweave.launch.strict import build
 
 LAUNCHERS: dict[str, type] = {
     "local": Local,

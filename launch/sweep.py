@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from moeweave.launch import cli, compose
-from moeweave.launch.schema import build
+from moeweave.launch.strict import build
 
 
 def run(program: cli.Program, start: Callable[[Any], int], arguments: cli.Arguments) -> int:

@@ -21,11 +21,24 @@ import torch.distributed as dist
 from torch import nn
 
 import moeweave as mw
-from moeweave.launch import agreement, data, elastic, env, heartbeat, optim, plot, prepare, progress, runlog, stopping
+from moeweave.launch import (
+    agreement,
+    data,
+    elastic,
+    env,
+    expert_load,
+    heartbeat,
+    optim,
+    plot,
+    prepare,
+    progress,
+    runlog,
+    stopping,
+)
 from moeweave.launch.compose import to_yaml
+from moeweave.launch.resume import checkpoint_to_resume
 from moeweave.launch.sampler import Sampler
 from moeweave.launch.schema import TrainConfig
-from moeweave.parallel.record import record_of
 from moeweave.parallel.verify import ParityReport, gradient_parity
 
 logger = logging.getLogger("moeweave")
@@ -72,7 +85,7 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     run_folder = runlog.RunFolder(Path(agreement.from_rank_0(lambda: _choose_folder(config, folder))))
     changed = agreement.from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
     training = _set_up(config, mesh, run_folder, heart)
-    checkpoint = agreement.from_rank_0(lambda: _checkpoint_to_resume(config, run_folder))
+    checkpoint = agreement.from_rank_0(lambda: checkpoint_to_resume(config, run_folder))
     if checkpoint is not None:
         _resume(training, checkpoint)
     own = checkpoint is None or run_folder.checkpoints in Path(checkpoint).parents
@@ -125,26 +138,6 @@ def _set_up(config: TrainConfig, mesh: mw.Mesh, folder: runlog.RunFolder, heart:
 
 def _choose_folder(config: TrainConfig, folder: str | None) -> str:
     return folder or str(runlog.choose(config.run.root, config.run.dir, config.name).path)
-
-
-def _checkpoint_to_resume(config: TrainConfig, folder: runlog.RunFolder) -> str | None:
-    """The checkpoint to go on from, or None to begin. Ranks that were restarted go on from their own newest."""
-    own = mw.latest(folder.checkpoints)
-    ranks = env.launched_ranks()
-    restarted = ranks is not None and ranks.restarts > 0
-    if config.resume == "auto" or (restarted and own is not None):
-        return None if own is None else str(own)
-    if config.resume == "never":
-        return None
-    named = Path(config.resume).absolute()
-    if runlog.RunFolder(named).checkpoints.is_dir():
-        named = mw.latest(runlog.RunFolder(named).checkpoints) or named
-    if named.parent == folder.checkpoints and own is not None and named.name != own.name:
-        raise ValueError(
-            f"resume={named}: run.dir holds a newer checkpoint, {own.name}, that this run would leave behind. "
-            "Use resume=auto, or begin a branch with run.dir=<new folder>."
-        )
-    return str(named)
 
 
 def _resume(training: Training, checkpoint: str) -> None:
@@ -206,11 +199,11 @@ def _step(training: Training) -> dict[str, Any]:
     if config.optim.router_bias_rate and not skipped:
         mw.update_router_bias(training.model, config.optim.router_bias_rate)
 
-    load = _global_load(training)
+    load = expert_load.of_step(training.model, training.mesh)
     training.steps_done, training.position = step, training.position + config.batch_size
     seconds = time.perf_counter() - started
     num_tokens = config.batch_size * config.data.seq_length
-    line: dict[str, Any] = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=_balance(load))
+    line: dict[str, Any] = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=expert_load.balance(load))
     line |= dict(tokens=step * num_tokens, seconds=round(seconds, 4), tokens_per_second=round(num_tokens / seconds, 1))
     if skipped:
         line |= dict(loss=None, grad_norm=None, skipped=True)  # JSON has no NaN
@@ -235,30 +228,6 @@ def _note_skip(training: Training, step: int, loss: float, norm: float) -> None:
 def _seed_step(seed: int, step: int, data_rank: int) -> None:
     """Dropout and router noise of a step do not depend on the steps before; ranks that share a batch share them."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, data_rank]).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _global_load(training: Training) -> dict[str, list[int]]:
-    """Routes per expert of this step over all tokens, by layer, those of every pipeline stage."""
-    mesh, loads = training.mesh, mw.expert_load(training.model, reset=True)
-    found: dict[str, list[int]] = {}
-    if loads:
-        sizes = [len(load_E) for load_E in loads.values()]
-        total = torch.cat([load_E.to(mesh.device) for load_E in loads.values()])
-        group = record_of(training.model).routing_group
-        if group.size() > 1:
-            dist.all_reduce(total, group=group)
-        found = dict(zip(loads, (part.tolist() for part in total.cpu().split(sizes)), strict=True))
-    if mesh.sizes.pp == 1:
-        return found
-    stages: list[dict[str, list[int]]] = [{} for _ in range(mesh.sizes.pp)]
-    dist.all_gather_object(stages, found, group=mesh.group("pp"))
-    return {name: counts for stage in stages for name, counts in stage.items()}
-
-
-def _balance(load: dict[str, list[int]]) -> float | None:
-    """Largest over mean load of a layer's experts, averaged over layers."""
-    ratios = [max(counts) * len(counts) / sum(counts) for counts in load.values() if sum(counts)]
-    return round(sum(ratios) / len(ratios), 4) if ratios else None
 
 
 # ---- checkpoints

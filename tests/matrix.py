@@ -22,7 +22,7 @@ ROWS = {
     "transformers-5.17": ["transformers==5.17.*"],
     "transformers-5.20": ["transformers==5.20.*"],
     "transformers-newest": ["transformers"],
-    "hydra-1.4": ["hydra-core==1.4.0rc3"],
+    "hydra-1.4": ["hydra-core==1.4.0rc3", "hydra-submitit-launcher==1.4.0rc3"],
 }
 VERSIONS = "from importlib.metadata import version as v; print(v('torch'), '|', v('transformers'))"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moeweave.launch import probe
-from moeweave.launch.job import Job, Layout, quoted
-from moeweave.launch.launchers.shell import same_paths
+from moeweave.launch.job import Job, Layout
+from moeweave.launch.launchers.shell import host_script, same_paths
 from moeweave.launch.schema import ConfigError
 from moeweave.launch.submission import Submission
 
@@ -33,17 +34,22 @@ class Local:
     def render(self, job: Job) -> str:
         if job.nodes > 1:
             raise ConfigError(f"nodes={job.nodes}: launcher=local is this machine alone. Use launcher=ssh for others.")
-        if job.container is not None or job.setup is not None:
+        if job.container is not None or job.setup is not None or job.code != "shared":
             raise ConfigError(
-                f"container={job.container} setup={job.setup}: launcher=local runs in this very process. "
-                "Use launcher=ssh."
+                f"container={job.container} setup={job.setup} code={job.code}: launcher=local runs in this very "
+                "process. Use launcher=ssh launcher.hosts=[localhost]."
             )
-        return f"{quoted(self._words(job))}\n"
+        return host_script(job, self._words(job))
 
     def check(self, job: Job) -> list[str]:
         return probe.problems(probe.answer(probe.question(job, node_rank=0)))
 
     def submit(self, job: Job, submission: Submission) -> int:
+        if job.python != sys.executable:
+            raise ConfigError(
+                f"python={job.python}: launcher=local runs in this very process. Start moeweave-submit with that "
+                "interpreter, or use launcher=ssh launcher.hosts=[localhost]."
+            )
         submission.watched_by_me()
         os.environ.update(job.variables())
         module, *arguments = self._words(job)[2:]

@@ -11,15 +11,18 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moeweave.launch import probe
 from moeweave.launch.job import Job, Layout, label, quoted, safe
+from moeweave.launch.launchers.copies import not_code, run_copy
 from moeweave.launch.launchers.shell import exports, mounted, same_paths
 from moeweave.launch.schema import ConfigError, at_least
 from moeweave.launch.submission import Submission
 
+# torch elastic kills ranks that have not ended so many seconds after they were told to; 30 unless this is set.
+STOP_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 # Runs an agent on one node: Slurm's number of the node is torchrun's.
 ON_NODE = 'PET_NODE_RANK="$SLURM_NODEID" exec "$@"'
 
@@ -58,6 +61,9 @@ class Slurm:
         return same_paths(folder, run_dir, code_dir, container)
 
     def render(self, job: Job) -> str:
+        # A path may hold a new line, which must not end the comment.
+        copied = [f"# copied first: {quoted(words)}".replace("\n", "\n# ") for words in self._copies(job)]
+        job = self._with_copy(job)
         header = "\n".join(f"#SBATCH {option}" for option in self._options(job))
         alone = ["--kill-on-bad-exit=1"] if job.min_nodes in (0, job.nodes) else ["--kill-on-bad-exit=0", "--no-kill"]
         node = quoted(["srun", *alone, *self._container(job), "bash", "-c", ON_NODE, "agent"])
@@ -66,8 +72,9 @@ class Slurm:
         lines = [
             "#!/bin/bash",
             header,
+            *copied,
             "",
-            *exports(job.variables()),
+            *exports({STOP_SECONDS: str(self._stop_seconds())} | job.variables()),
             *setup,
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             f'export PET_RDZV_ENDPOINT="$head:{job.port}"',
@@ -103,6 +110,8 @@ class Slurm:
     def submit(self, job: Job, submission: Submission) -> int:
         if shutil.which("sbatch") is None:
             raise ConfigError("launcher=slurm: this machine has no sbatch. Run moeweave-submit on a login node.")
+        for words in self._copies(job):
+            run_copy(words)
         done = _run(self._sbatch(job), self.render(job))
         if done.returncode:
             raise ConfigError(f"sbatch refused the job: {_last(done)}")
@@ -131,6 +140,19 @@ class Slurm:
         return f"job {number} is cancelled" if done.returncode == 0 else f"scancel {number}: {_last(done)}"
 
     # ----
+
+    def _copies(self, job: Job) -> list[list[str]]:
+        """What keeps the code as it is now, for the job to run whenever its turn comes."""
+        if job.code != "rsync" or job.code_dir is None:
+            return []
+        return [["rsync", "--archive", *not_code(job, job.code_dir), "--", f"{job.code_dir}/", f"{job.folder}/code/"]]
+
+    def _with_copy(self, job: Job) -> Job:
+        return replace(job, code_dir=f"{job.folder}/code") if self._copies(job) else job
+
+    def _stop_seconds(self) -> int:
+        """What an agent gives its ranks to save and end: most of the grace, for the script then asks for the job."""
+        return max(1, self.grace_seconds - min(20, self.grace_seconds // 4))
 
     def _options(self, job: Job) -> list[str]:
         own = {

@@ -7,7 +7,6 @@ the script on its standard input, so that nothing of it stands on a command line
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,13 @@ from moeweave.launch import probe
 from moeweave.launch.failure import HostFailed
 from moeweave.launch.job import Job, Layout, quoted
 from moeweave.launch.launchers import gather
+from moeweave.launch.launchers.copies import not_code, run_copy
 from moeweave.launch.launchers.hostfile import Host, named, read
 from moeweave.launch.launchers.shell import host_script, same_paths
 from moeweave.launch.schema import ConfigError, at_least
 from moeweave.launch.submission import Submission
 
-NOT_CODE = (".git", ".venv", ".venv-*", "__pycache__", "runs", "*.pyc")
+AGAIN_SECONDS = 5  # until a lost host is asked again
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Ssh:
             for number, host in enumerate(self._hosts()[: job.nodes])
         ]
         found = []
-        with gather.all_of(commands, echo=False) as running:
-            for ended in gather.wait(running, self.connect_timeout, num_needed=0):
+        with gather.all_of(commands, echo=False) as hosts:
+            for ended in hosts.ends(self.connect_timeout):
                 if not ended.connected:
                     found.append(self._unreachable(ended))
                     continue
@@ -82,7 +82,7 @@ class Ssh:
         code = 1
         try:
             for words in self._copies(job):
-                _run(words)
+                run_copy(words)
             code = self._watch(job, submission)
         finally:
             submission.finish(code)
@@ -100,14 +100,24 @@ class Ssh:
     # ----
 
     def _watch(self, job: Job, submission: Submission) -> int:
-        num_needed = job.min_nodes or job.nodes
+        """Gathers the hosts' output until they have ended; a host that is lost is started again while the others, whose
+        ranks its end has stopped, wait for it.
+        """
+        num_needed, tries = job.min_nodes or job.nodes, job.max_restarts
+        commands = self._commands(job)
         failed: list[gather.Ended] = []
-        with gather.all_of(self._commands(job), submission.path) as running:
-            for ended in gather.wait(running, self.connect_timeout, num_needed):
-                if ended.code:
+        with gather.all_of(commands, submission.path) as hosts:
+            for ended in hosts.ends(self.connect_timeout):
+                # Without the first host, which serves the rendezvous, nobody can wait for anybody.
+                if ended.code and ended.was_lost and tries and ended.host != commands[0].host and _ran(hosts, ended):
+                    tries -= 1
+                    print(f"starting {ended.host} again: {self._reason(ended)}", flush=True)
+                    hosts.start(ended.command, AGAIN_SECONDS)
+                elif ended.code:
                     failed.append(ended)
-                    if job.nodes - len(failed) >= num_needed:
-                        print(f"going on with {job.nodes - len(failed)} hosts: {self._reason(ended)}", flush=True)
+                    if job.nodes - len(failed) < num_needed:
+                        break
+                    print(f"going on with {job.nodes - len(failed)} hosts: {self._reason(ended)}", flush=True)
         if job.nodes - len(failed) >= num_needed:
             return 0
         if not failed[0].connected:
@@ -167,19 +177,16 @@ class Ssh:
         """What copies code and config to every host, where they share no file system."""
         if job.code != "rsync":
             return []
-        excluded = [f"--exclude={name}" for name in NOT_CODE]
         folders = [path for path in dict.fromkeys((job.code_dir, job.directory)) if path]
         found = []
         for host in self._hosts()[: job.nodes]:
             name = host.name if ":" not in host.address else host.name.replace(host.address, f"[{host.address}]")
             start = ["rsync", "--archive", "--relative", "-e", quoted(["ssh", *self._ssh_options()])]
-            found += [[*start, *excluded, "--", f"{path}/", f"{name}:/"] for path in folders]
+            found += [[*start, *not_code(job, path, relative=True), "--", f"{path}/", f"{name}:/"] for path in folders]
             found.append([*start, "--", f"{job.folder}/", f"{name}:/"])
         return found
 
 
-def _run(words: list[str]) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise ConfigError(f"{words[-1]}: could not be copied to: {lines[0] if lines else 'rsync said nothing'}.")
+def _ran(hosts: gather.Gathering, ended: gather.Ended) -> bool:
+    """Whether the host was ever reached: one that never was is a mistake of the config's, said at once."""
+    return any(one.connected.is_set() for one in hosts.running if one.command.host == ended.host)

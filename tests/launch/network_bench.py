@@ -67,6 +67,9 @@ def _start(name: str, node: int, ranks_per_node: int, arguments: list[str]) -> s
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nIts own arguments are {' '.join(ARGUMENTS)}; see moeweave-bench --help for all.")
+        return 0
     reason = why_not(("ip", "tc"))
     if reason is not None:
         print(f"skipped: {reason}")

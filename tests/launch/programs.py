@@ -134,7 +134,7 @@ class _Nursery:
     def close(self) -> None:
         if self._process.poll() is None:
             self._process.stdin.close()
-            self._process.wait(10)
+            self._process.wait(60)  # a busy machine takes its time
 
     def _ask(self, question: dict[str, object]):
         assert self._process.stdin is not None

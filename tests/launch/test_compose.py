@@ -177,7 +177,7 @@ def test_a_folder_of_the_users_own_groups_is_searched(tmp_path):
 def test_the_yaml_of_a_config_builds_the_same_config():
     from omegaconf import OmegaConf
 
-    from moeweave.launch.schema import build
+    from moeweave.launch.strict import build
 
     config = load("experiment=quickstart", "data.path=a b.txt")
     assert build(TrainConfig, OmegaConf.to_container(OmegaConf.create(compose.to_yaml(config)))) == config

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,24 @@ def test_ctrl_c_ends_all_ranks(tmp_path):
     assert done.err == ""
 
 
+def _listening(pids):
+    """Addresses, as the kernel writes them, on which these processes listen for TCP."""
+    links = [os.readlink(path) for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_socket()]
+    inodes = {link.removeprefix("socket:[").rstrip("]") for link in links}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and line[9] in inodes}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ranks_of_one_machine_listen_on_its_loopback_alone(tmp_path):
+    running = start("elastic_cases", "wait_for_ever", cwd=tmp_path)
+    ranks = _until_ready(tmp_path)
+    found = _listening([running.pid, *ranks])
+    running.interrupt()
+    assert running.wait().left == ()
+    assert found == {"0100007F"}
+
+
 def test_ranks_do_not_outlive_a_parent_that_is_killed(tmp_path):
     running = start("elastic_cases", "wait_for_ever", cwd=tmp_path)
     _until_ready(tmp_path)
@@ -93,9 +113,6 @@ def test_ranks_that_are_spawned_do_the_same(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1])\nimport elastic_cases\n"
         "if __name__ == '__main__':\n    sys.exit(elastic_cases.main([sys.argv[2], '0', 'spawn']))\n"
     )
-    import sys
-    from pathlib import Path
-
     done = fresh([sys.executable, str(script), str(Path(__file__).parent), "raise_while_others_wait"], cwd=tmp_path)
     assert (done.code, done.left) == (1, ())
     assert done.out.startswith("rank 1 failed: ValueError: batch_size=3: must be even.")

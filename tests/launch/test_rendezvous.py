@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,34 @@ def test_a_port_that_is_taken_is_named():
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"port={port}: cannot be listened on at 127.0.0.1 .*set another port"):
             rendezvous.listen("127.0.0.1", port)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by a setting of Linux")
+def test_a_host_that_is_cut_off_does_not_wait_for_ever():
+    """The far end may never answer: the kernel then ends the connection (tests of two hosts cut the link)."""
+    server = rendezvous.listen("127.0.0.1", 0)
+    joined = rendezvous._join("127.0.0.1", server.port, timeout=20)
+    joined.set("a", "b")
+    limits = [
+        connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        for connection in sockets_of_this_process()
+        if peer_port(connection) == server.port and connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    ]
+    assert limits and set(limits) == {rendezvous.READ_SECONDS * 1000}
+
+
+def sockets_of_this_process() -> Iterator[socket.socket]:
+    for path in Path("/proc/self/fd").iterdir():
+        if path.is_socket():
+            with socket.socket(fileno=os.dup(int(path.name))) as found:
+                yield found
+
+
+def peer_port(connection: socket.socket) -> int | None:
+    try:
+        return connection.getpeername()[1]
+    except (OSError, IndexError):
+        return None
 
 
 def test_a_state_that_the_job_did_not_write_is_never_unpickled():

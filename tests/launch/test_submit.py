@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +59,10 @@ CASES = {
     "slurm_elastic_container.sbatch": (
         Slurm(requeue=False, exclusive=True),
         dataclasses.replace(SCRIPT, container="lab/image:1", setup="/home/me/setup.sh"),
+    ),
+    "slurm_rsync.sbatch": (
+        Slurm(grace_seconds=600),
+        dataclasses.replace(JOB, code="rsync", run_dir="/home/me/moeweave/r"),
     ),
     "kubernetes.yaml": (
         Kubernetes(claim="runs", cpu="64", memory="512Gi"),
@@ -169,9 +172,10 @@ def test_ssh_never_runs_a_value(value, tmp_path):
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_local_shows_words_that_a_shell_reads_back(value, tmp_path):
+def test_local_shows_a_script_that_never_runs_a_value(value, tmp_path):
     job = hostile_job(value, tmp_path)
-    assert shlex.split(Local().render(job)) == [job.python, *job.agent("127.0.0.1:0", 0)[1:]]
+    run_shell(Local().render(job), tmp_path)
+    check_seen(job, value, tmp_path)
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -186,11 +190,14 @@ def test_slurm_never_runs_a_value(value, tmp_path):
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
+    with_copy = Slurm().render(dataclasses.replace(job, code="rsync"))
     script = Slurm().render(job)
     assert script.splitlines()[1] == f"#SBATCH --job-name={'-'.join(_letters(value)) or 'job'}"
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "1"}
     run_shell(script, Path(job.directory), **environment)
     check_seen(job, value, tmp_path)
+    run_shell(with_copy, Path(job.directory), **environment)
+    assert not list(tmp_path.rglob("ran"))
 
 
 def _letters(text: str) -> list[str]:
@@ -256,6 +263,9 @@ def test_a_host_that_is_no_name_is_refused(name, tmp_path):
         (lambda: Ssh(hosts=["a", "b"]).render(IN_IMAGE), "run.dir.*may not hold"),
         (lambda: Slurm().render(IN_IMAGE), "run.dir.*may not hold"),
         (lambda: Local().render(JOB), "nodes=2: launcher=local is this machine alone"),
+        (lambda: Local().render(dataclasses.replace(ONE, container="x")), "container=x .*runs in this very process"),
+        (lambda: Local().render(dataclasses.replace(ONE, code="rsync")), "code=rsync: .*runs in this very process"),
+        (lambda: Kubernetes().render(dataclasses.replace(JOB, code="rsync")), "code=rsync .*what their image holds"),
     ],
 )
 def test_what_cannot_be_written_safely_or_cannot_run_is_refused(make, message):

@@ -13,12 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from moeweave.launch import submission
+from moeweave.launch.launchers import slurm
 from moeweave.launch.launchers.kubernetes import Kubernetes
 from moeweave.launch.launchers.skypilot import Skypilot
 from moeweave.launch.launchers.slurm import Slurm
 from moeweave.launch.schema import ConfigError
+from programs import start
 from test_submit import JOB
 
 STAND_IN = """#!{python}
@@ -107,6 +110,31 @@ def test_the_batch_script_ends_its_ranks_and_asks_again_only_on_slurms_own_signa
     assert running.wait(20) == 7  # the ranks' own code, after they saved
     assert (tmp_path / "saved").exists()
     assert (["scontrol", "requeue", "42"] in tools.seen()) is again
+
+
+@pytest.mark.skipif("shutdown_timeout" not in LaunchConfig.__dataclass_fields__, reason="this torch always gives 30 s")
+@pytest.mark.parametrize("grace, seconds", [(4, 3), (120, 100), (3600, 3580)])
+def test_the_agent_gives_its_ranks_slurms_grace(tmp_path, grace, seconds):
+    """A rank that ends only when it is killed shows the limit, where that is short."""
+    line = f"export {slurm.STOP_SECONDS}={seconds}"
+    assert line in Slurm(grace_seconds=grace).render(JOB).splitlines()
+    assert line.replace(str(seconds), "9") in Slurm().render(dataclasses.replace(JOB, env={slurm.STOP_SECONDS: "9"}))
+    if seconds > 10:
+        return
+    (tmp_path / "my.py").write_text(
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('up', 'w').close()\ntime.sleep(600)\n"
+    )
+    words = ["--nnodes", "1", "--nproc-per-node", "1", "--rdzv-endpoint", "127.0.0.1:0", "my.py"]
+    running = start(
+        "moeweave.launch.agent", *words, cwd=tmp_path, PET_RDZV_ID="x", **{slurm.STOP_SECONDS: str(seconds)}
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGTERM)
+    done = running.wait(25)  # less than torch's own 30 seconds
+    assert (done.code, done.left) == (143, ()), done.err
 
 
 def test_kubernetes_takes_a_job_and_answers_for_it(tools, place):

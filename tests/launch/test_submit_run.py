@@ -7,13 +7,14 @@ import os
 import re
 import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from moeweave.launch import submit
-from programs import run, start
+from programs import fresh, run, start
 
 TINY = [
     "model=qwen3_moe",
@@ -206,6 +207,22 @@ def test_a_sweep_runs_each_value_in_a_folder_of_its_own(tmp_path):
     ]
     refused = run("train", "--multirun", *arguments, "optim.lrr=1,2", cwd=tmp_path)
     assert (refused.code, "Did you mean optim.lr?" in refused.err) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_through_submitit(tmp_path):
+    """submitit's own jobs, as processes of this machine: each has an interpreter of its own, and reports a failure."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    arguments = [one for one in TINY if not one.startswith("run.dir")]
+    command = [sys.executable, "-m", "moeweave.launch.train", "--multirun", "hydra/launcher=submitit_local"]
+    done = fresh([*command, *arguments, "steps=1", "optim.lr=1e-3,1e-2"], cwd=tmp_path)
+    assert (done.code, done.left) == (0, ()), done.err
+    runs = sorted(path.parent for path in tmp_path.glob("multirun/*/*/*/metrics.jsonl"))
+    assert [run.name for run in runs] == ["0", "1"]
+    assert "lr: 0.001" in (runs[0] / "config.yaml").read_text() and "lr: 0.01" in (runs[1] / "config.yaml").read_text()
+    failed = fresh([*command, *arguments, "steps=1", "mesh.ep=3"], cwd=tmp_path)
+    assert failed.code == 1
+    assert "must divide dp" in failed.out + failed.err
 
 
 def test_a_sweep_says_so_when_a_run_fails(tmp_path):

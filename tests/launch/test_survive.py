@@ -35,7 +35,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder)]
 
 
-def until_step(step: int, folder: Path, running, seconds: float = 120) -> None:
+def until_step(step: int, folder: Path, running, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     path = folder / "metrics.jsonl"
     while not path.exists() or len(path.read_text().split("\n")) <= step:
@@ -59,7 +59,7 @@ def stacks(folder: Path) -> dict[int, str]:
 
 
 def test_a_rank_that_hangs_is_dumped_named_and_ended_and_the_run_goes_on(tmp_path, whole):
-    more = ["checkpoint.every=2", "ranks.hang_timeout=4", "ranks.max_restarts=1", "run.dir=broken"]
+    more = ["checkpoint.every=2", "ranks.hang_timeout=8", "ranks.max_restarts=1", "run.dir=broken"]
     done = run("launch_cases", "train", "sleep_once", *TINY, *more, cwd=tmp_path)
     assert (done.code, done.left) == (0, ()), done.err
     assert "no rank here has got on for " in done.err
@@ -127,6 +127,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path):
 # ---- agents that go and come
 
 
+@pytest.mark.timeout(600)
 def test_a_run_goes_on_with_the_ranks_that_are_left_and_takes_new_ones(tmp_path):
     """Two agents of two ranks each; one is killed, and later replaced: 4, 2 and 4 ranks of one run."""
     program = [one for one in TINY if not one.startswith(("mesh.dp", "mesh.ep", "batch_size", "steps"))]
@@ -145,10 +146,10 @@ def test_a_run_goes_on_with_the_ranks_that_are_left_and_takes_new_ones(tmp_path)
     first, second = agent(0), agent(1)
     until_step(5, tmp_path / "broken", first)
     os.kill(second.pid, signal.SIGKILL)
-    assert second.wait(20).left == ()
+    assert second.wait(60).left == ()
     until_step(8, tmp_path / "broken", first)
     third = agent(1)
-    done, also = first.wait(120), third.wait(30)
+    done, also = first.wait(200), third.wait(60)
     assert (done.code, done.left) == (0, ()), done.err
     assert (also.code, also.left) == (0, ()), also.err
     assert done.out.count("resume  step ") == 2
