@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from moeweave.comm.nodes import hosts_of
 from moeweave.comm.onesided_cuda import CudaEngine
 from moeweave.comm.onesided_launch import Budget
-from moeweave.comm.nodes import hosts_of
 from moeweave.comm.watchdog import watch
 from moeweave.comm.windows_cuda import CudaWindow, SymmetricWindow, WindowMap
 from moeweave.kernels_ext import onesided
@@ -36,7 +36,8 @@ def cuda_engine_of(
     engine = engines.get(key)
     if engine is None:
         window = SymmetricWindow(group, window_map, device)
-        engine = open_engine(window, window_map, timeout=_timeout_of(group), budget=Budget.of(device, num_sms))
+        budget = Budget.of(device, num_sms, window_map.max_tokens)
+        engine = open_engine(window, window_map, timeout=_timeout_of(group), budget=budget)
         engines[key] = engine
         watch(engine.launcher)
     return engine
@@ -64,13 +65,13 @@ class Place(NamedTuple):
     Attributes:
         reason: why the kernels cannot run there, or None.
         host: of the rank, None if it is not known.
-        index: of its GPU among those that its process sees.
+        device: index of its GPU among those that its process sees.
         reaches: for each of these, whether the rank's GPU can write into its memory.
     """
 
     reason: str | None
     host: Hashable
-    index: int
+    device: int
     reaches: tuple[bool, ...]
 
 
@@ -81,11 +82,11 @@ def apart(places: Sequence[Place]) -> str | None:
             return f"rank {rank} {place.reason}"
     if None in [place.host for place in places] or len({place.host for place in places}) > 1:
         return "the ranks are on several hosts"
-    if len({place.index for place in places}) < len(places):
+    if len({place.device for place in places}) < len(places):
         return "the ranks see one GPU each, or share one: who reaches whom is not known without a topology file"
     for rank, place in enumerate(places):
         for other, there in enumerate(places):
-            if other != rank and not (there.index < len(place.reaches) and place.reaches[there.index]):
+            if other != rank and not (there.device < len(place.reaches) and place.reaches[there.device]):
                 return f"rank {rank} cannot write into rank {other}'s memory"
     return None
 

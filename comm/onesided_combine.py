@@ -28,16 +28,10 @@ def onesided_combine_sums(
     weights_TK: Tensor,
     weights_R: Tensor,
     moves: list[Tensor],
-    engine: str,
-    exact: bool,
-    max_tokens: int,
-    format: str,
-    back: str,
-    scale: str,
+    settings: str,
 ) -> Tensor:
     """Prereduced combine -> y_TD. `weights_TK` takes the gradient; the numbers used are `weights_R`."""
-    settings = (engine, exact, max_tokens, format, back, scale)
-    return onesided_return_sums(rows_RD, weights_R, moves, *weights_TK.shape, *settings)
+    return onesided_return_sums(rows_RD, weights_R, moves, *weights_TK.shape, settings)
 
 
 @onesided_combine_sums.register_fake
@@ -75,23 +69,23 @@ def backward_sums(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows_RD, weights_TK, weights_R, *moves = ctx.saved_tensors
     settings = ctx.settings.backward
-    grad_RD, _ = onesided_resend(grad_TD, weights_TK.detach(), moves, *settings)
+    grad_RD, _ = onesided_resend(grad_TD, weights_TK.detach(), moves, settings.text)
     grad_RD = grad_RD.to(wide(grad_RD.dtype))
     used = rows_RD[: grad_RD.shape[0]].to(grad_RD.dtype)
     dots_R1 = row_dots(grad_RD, used).unsqueeze(1)
-    returned = onesided_return_rows(dots_R1, moves, *weights_TK.shape, *settings.uncoded)
+    returned = onesided_return_rows(dots_R1, moves, *weights_TK.shape, settings.uncoded.text)
     grad_rows = (grad_RD * weights_R.unsqueeze(1).to(grad_RD.dtype)).to(rows_RD.dtype)
     return pad_rows(grad_rows, rows_RD.shape[0]), returned.squeeze(2).to(weights_TK.dtype)
 
 
 def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows_RD, weights_TK, weights_R, moves, *settings = inputs
-    save_sums(ctx, rows_RD, weights_TK, weights_R, moves, Settings(*settings))
+    rows_RD, weights_TK, weights_R, moves, settings = inputs
+    save_sums(ctx, rows_RD, weights_TK, weights_R, moves, Settings.of(settings))
 
 
 def _backward_sums(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
     grad_rows, grad_weights = backward_sums(ctx, grad_TD)
-    return (grad_rows, grad_weights, None, [None] * ctx.num_moves, *[None] * 6)
+    return grad_rows, grad_weights, None, [None] * ctx.num_moves, None
 
 
 onesided_combine_sums.register_autograd(_backward_sums, setup_context=_setup_sums)
@@ -102,16 +96,10 @@ def onesided_combine_rows(
     rows_RD: Tensor,
     weights_TK: Tensor,
     moves: list[Tensor],
-    engine: str,
-    exact: bool,
-    max_tokens: int,
-    format: str,
-    back: str,
-    scale: str,
+    settings: str,
 ) -> tuple[Tensor, Tensor]:
     """Exact combine -> y_TD, and the returned routes [T, K, D]."""
-    settings = (engine, exact, max_tokens, format, back, scale)
-    routes_TKD = onesided_return_rows(rows_RD, moves, *weights_TK.shape, *settings)
+    routes_TKD = onesided_return_rows(rows_RD, moves, *weights_TK.shape, settings)
     return sum_routes(routes_TKD, weights_TK), routes_TKD
 
 
@@ -133,7 +121,7 @@ def backward_rows(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradient of an exact combine: of rows_RD, and of weights_TK if it was wanted."""
     weights_TK, *rest = ctx.saved_tensors
     moves, returned = rest[: ctx.num_moves], rest[ctx.num_moves :]
-    grad_RD, weights_R = onesided_resend(grad_TD, weights_TK.detach(), moves, *ctx.settings.backward)
+    grad_RD, weights_R = onesided_resend(grad_TD, weights_TK.detach(), moves, ctx.settings.backward.text)
     dtype = wide(grad_TD.dtype)
     grad_rows = (grad_RD * weights_R.unsqueeze(1).to(dtype)).to(grad_TD.dtype)
     grad_weights = None
@@ -143,13 +131,13 @@ def backward_rows(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    rows_RD, weights_TK, moves, *settings = inputs
+    rows_RD, weights_TK, moves, settings = inputs
     ctx.mark_non_differentiable(output[1])
-    save_rows(ctx, rows_RD, weights_TK, output[1], moves, Settings(*settings))
+    save_rows(ctx, rows_RD, weights_TK, output[1], moves, Settings.of(settings))
 
 
 def _backward_rows(ctx: Any, grad_TD: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return (*backward_rows(ctx, grad_TD), [None] * ctx.num_moves, *[None] * 6)
+    return (*backward_rows(ctx, grad_TD), [None] * ctx.num_moves, None)
 
 
 onesided_combine_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

@@ -44,6 +44,17 @@ class Settings(NamedTuple):
     back: str = "none"
     scale: str = "token"
 
+    @classmethod
+    def of(cls, text: str) -> Settings:
+        """The way back of `text`."""
+        engine, exact, max_tokens, *formats = text.rsplit("|", 5)
+        return cls(engine, exact == "True", int(max_tokens), *formats)
+
+    @property
+    def text(self) -> str:
+        """As operators take it: one argument for all."""
+        return "|".join(map(str, self))
+
     @property
     def wire(self) -> Wire:
         return Wire(self.format, self.scale, self.max_tokens)
@@ -64,24 +75,18 @@ def onesided_dispatch(
     ids_TK: Tensor,
     weights_TK: Tensor,
     num_experts: int,
-    engine: str,
-    exact: bool,
-    max_tokens: int,
-    format: str,
-    back: str,
-    scale: str,
+    settings: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Tokens [T, D] and ids -> rows_RD, weights_R, offsets_e and `Moves`."""
-    wire = Wire(format, scale, max_tokens)
-    rows_RD, weights_R, offsets_e, moves = (
-        engine_named(engine).dispatch(x_TD, ids_TK, weights_TK, num_experts, wire).wait()
-    )
+    way = Settings.of(settings)
+    posted = engine_named(way.engine).dispatch(x_TD, ids_TK, weights_TK, num_experts, way.wire)
+    rows_RD, weights_R, offsets_e, moves = posted.wait()
     return rows_RD, weights_R, offsets_e, moves.tensors
 
 
 @onesided_dispatch.register_fake
-def _(x_TD, ids_TK, weights_TK, num_experts, engine, *_settings):  # type: ignore[no-untyped-def]
-    made = engine_named(engine)
+def _(x_TD, ids_TK, weights_TK, num_experts, settings):  # type: ignore[no-untyped-def]
+    made = engine_named(Settings.of(settings).engine)
     tensors = made.fake_moves(ids_TK, torch.library.get_ctx().new_dynamic_size)
     num_rows = made.moves(tensors).perm_R.shape[0]
     return (
@@ -102,19 +107,19 @@ def backward_dispatch(ctx: Any, grad_RD: Tensor) -> Tensor:
     """Gradient of the tokens: a combine without weights."""
     way, settings = (list(ctx.saved_tensors), ctx.num_tokens, ctx.top_k), ctx.settings.backward
     if settings.exact:
-        return sum_routes(onesided_return_rows(grad_RD, *way, *settings), None)
-    return onesided_return_sums(grad_RD, None, *way, *settings)
+        return sum_routes(onesided_return_rows(grad_RD, *way, settings.text), None)
+    return onesided_return_sums(grad_RD, None, *way, settings.text)
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x_TD, ids_TK, _, _, *settings = inputs
+    x_TD, ids_TK, _, _, settings = inputs
     _, weights_R, offsets_e, moves = output
     ctx.mark_non_differentiable(weights_R, offsets_e, *moves)
-    save_dispatch(ctx, x_TD, ids_TK.shape[1], moves, Settings(*settings))
+    save_dispatch(ctx, x_TD, ids_TK.shape[1], moves, Settings.of(settings))
 
 
 def _backward_dispatch(ctx: Any, grad_RD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (backward_dispatch(ctx, grad_RD), *[None] * 9)
+    return (backward_dispatch(ctx, grad_RD), *[None] * 4)
 
 
 onesided_dispatch.register_autograd(_backward_dispatch, setup_context=_setup_dispatch)
@@ -125,33 +130,29 @@ def onesided_resend(
     x_TD: Tensor,
     weights_TK: Tensor,
     moves: list[Tensor],
-    engine: str,
-    exact: bool,
-    max_tokens: int,
-    format: str,
-    back: str,
-    scale: str,
+    settings: str,
 ) -> tuple[Tensor, Tensor]:
     """Other tokens with the same routes -> rows_RD, weights_R."""
-    made = engine_named(engine)
-    return made.resend(x_TD, weights_TK, made.moves(moves), Wire(format, scale, max_tokens)).wait()
+    way = Settings.of(settings)
+    made = engine_named(way.engine)
+    return made.resend(x_TD, weights_TK, made.moves(moves), way.wire).wait()
 
 
 @onesided_resend.register_fake
-def _(x_TD, weights_TK, moves, engine, *_settings):  # type: ignore[no-untyped-def]
-    num_rows = engine_named(engine).moves(moves).perm_R.shape[0]
+def _(x_TD, weights_TK, moves, settings):  # type: ignore[no-untyped-def]
+    num_rows = engine_named(Settings.of(settings).engine).moves(moves).perm_R.shape[0]
     return x_TD.new_empty(num_rows, x_TD.shape[1]), weights_TK.new_empty(num_rows)
 
 
 def _setup_resend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_TD, weights_TK, moves, *settings = inputs
+    x_TD, weights_TK, moves, settings = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.num_moves = len(moves)
-    save_dispatch(ctx, x_TD, weights_TK.shape[1], moves, Settings(*settings))
+    save_dispatch(ctx, x_TD, weights_TK.shape[1], moves, Settings.of(settings))
 
 
 def _backward_resend(ctx: Any, grad_RD: Tensor, _: Any) -> tuple[Any, ...]:
-    return (backward_dispatch(ctx, grad_RD), None, [None] * ctx.num_moves, *[None] * 6)
+    return backward_dispatch(ctx, grad_RD), None, [None] * ctx.num_moves, None
 
 
 onesided_resend.register_autograd(_backward_resend, setup_context=_setup_resend)
@@ -164,21 +165,16 @@ def onesided_return_sums(
     moves: list[Tensor],
     num_tokens: int,
     top_k: int,
-    engine: str,
-    exact: bool,
-    max_tokens: int,
-    format: str,
-    back: str,
-    scale: str,
+    settings: str,
 ) -> Tensor:
     """rows_RD -> [T, D], summed on the experts' ranks and then over ranks; `None` weights are ones."""
-    wire = Wire(format, scale, max_tokens)
-    made = engine_named(engine)
-    return made.return_sums(rows_RD, weights_R, made.moves(moves), num_tokens, top_k, wire).wait()
+    way = Settings.of(settings)
+    made = engine_named(way.engine)
+    return made.return_sums(rows_RD, weights_R, made.moves(moves), num_tokens, top_k, way.wire).wait()
 
 
 @onesided_return_sums.register_fake
-def _(rows_RD, weights_R, moves, num_tokens, *_settings):  # type: ignore[no-untyped-def]
+def _(rows_RD, weights_R, moves, num_tokens, top_k, settings):  # type: ignore[no-untyped-def]
     return rows_RD.new_empty(num_tokens, rows_RD.shape[1])
 
 
@@ -188,19 +184,14 @@ def onesided_return_rows(
     moves: list[Tensor],
     num_tokens: int,
     top_k: int,
-    engine: str,
-    exact: bool,
-    max_tokens: int,
-    format: str,
-    back: str,
-    scale: str,
+    settings: str,
 ) -> Tensor:
     """rows_RD -> [T, K, D] on the tokens' ranks, zeros where not routed."""
-    wire = Wire(format, scale, max_tokens)
-    made = engine_named(engine)
-    return made.return_rows(rows_RD, made.moves(moves), num_tokens, top_k, wire).wait()
+    way = Settings.of(settings)
+    made = engine_named(way.engine)
+    return made.return_rows(rows_RD, made.moves(moves), num_tokens, top_k, way.wire).wait()
 
 
 @onesided_return_rows.register_fake
-def _(rows_RD, moves, num_tokens, top_k, *_settings):  # type: ignore[no-untyped-def]
+def _(rows_RD, moves, num_tokens, top_k, settings):  # type: ignore[no-untyped-def]
     return rows_RD.new_empty(num_tokens, top_k, rows_RD.shape[1])

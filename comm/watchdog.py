@@ -1,7 +1,8 @@
 """Raises what a kernel reported where nobody asks: a program that only replays CUDA graphs makes no call that could.
 
-A thread reads the flag in pinned memory that a failing kernel sets. The error is raised in the thread that made the engine,
-at its next step of Python: one that waits for the device gets it when the failed kernels have ended, within the deadline.
+A thread reads the flag in pinned memory that a failing kernel sets. The error is raised in the thread that made the
+engine, at its next step of Python: one that waits for the device gets it when the failed kernels have ended, within the
+deadline.
 """
 
 from __future__ import annotations

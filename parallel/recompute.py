@@ -75,9 +75,9 @@ class _Replay(TorchDispatchMode):
         if _is_agreed(func):
             return self._next()
         if func is torch.ops.moeweave.onesided_dispatch.default:
-            x_TD, _, weights_TK, _, *settings = args
+            x_TD, _, weights_TK, _, settings = args
             _, offsets_e, moves = self._next()
-            rows_RD, weights_R = torch.ops.moeweave.onesided_resend(x_TD, weights_TK, moves, *settings)
+            rows_RD, weights_R = torch.ops.moeweave.onesided_resend(x_TD, weights_TK, moves, settings)
             return rows_RD, weights_R, offsets_e, moves
         if func is torch.ops.moeweave.onesided_cuda_dispatch.default:
             x_TD, ids_TK, weights_TK, _, _, *settings = args

@@ -78,23 +78,24 @@ class OneSidedDispatcher:
         self._combine = Settings(name, exact, room, *self.codec.for_combine)
         if coded_rows:  # the codes themselves are the rows
             self._dispatch = self._dispatch.uncoded
+        self._dispatch_text, self._combine_text = self._dispatch.text, self._combine.text
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None) -> Dispatched:
         sent, weights_TK = self._rows_to_send(x_TD), weights_TK.detach()
         if handle is None:
             rows_RD, weights_R, offsets_e, moves = onesided_dispatch(
-                sent, ids_TK, weights_TK, self.num_experts, *self._dispatch
+                sent, ids_TK, weights_TK, self.num_experts, self._dispatch_text
             )
             handle = self._layout(ids_TK, offsets_e, self._moves(moves))
         else:
-            rows_RD, weights_R = onesided_resend(sent, weights_TK, moves_of(handle).tensors, *self._dispatch)
+            rows_RD, weights_R = onesided_resend(sent, weights_TK, moves_of(handle).tensors, self._dispatch_text)
         return self._dispatched(rows_RD, weights_R, handle, x_TD.shape[1])
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Tensor:
         moves = moves_of(dispatched.handle).tensors
         if self._combine.exact:
-            return onesided_combine_rows(rows_RD, weights_TK, moves, *self._combine)[0]
-        return onesided_combine_sums(rows_RD, weights_TK, _weights_of(dispatched), moves, *self._combine)
+            return onesided_combine_rows(rows_RD, weights_TK, moves, self._combine_text)[0]
+        return onesided_combine_sums(rows_RD, weights_TK, _weights_of(dispatched), moves, self._combine_text)
 
     def dispatch_async(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None

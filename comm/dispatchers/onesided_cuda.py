@@ -51,7 +51,7 @@ class CudaOptions:
             and the host waits.
         drop: rows beyond the capacity are dropped and counted (`num_dropped`). Else, the next call or `check` raises.
         align: every expert's rows end at a multiple of this, zeros between.
-        num_sms: multiprocessors that may hold the link. None: all.
+        num_sms: multiprocessors that may hold the link. None: as `Budget.of` says.
     """
 
     capacity: int | None = None

@@ -117,8 +117,8 @@ def make_dispatcher(
     Args:
         name: "alltoall", "allgather", "onesided" (CPU ranks of one host, NVIDIA GPUs that reach each other),
             "hierarchical" (CPU ranks of several hosts), "ascend" (inference on NPUs), or "auto", which picks one of the
-            first four (on GPUs "onesided" only with `max_tokens`). Making "onesided", "hierarchical" or "auto" is a collective over
-            the group.
+            first four (on GPUs "onesided" only with `max_tokens`). Making "onesided", "hierarchical" or "auto" is a
+            collective over the group.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
         topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.
@@ -175,8 +175,9 @@ def _gpus_share_memory(
 ) -> bool:
     """Whether `auto` may take one-sided writes between GPUs: they reach each other, and the sizes fit. A collective.
 
-    Only where `max_tokens` was given, as for inference in fixed sizes. Its kernels wait for peers on all multiprocessors:
-    beside collectives on other streams, as data parallelism has in training, each could wait for the other's room.
+    Only where `max_tokens` was given, as for inference in fixed sizes. Its kernels wait for peers on all
+    multiprocessors: beside collectives on other streams, as data parallelism has in training, each could wait for the
+    other's room.
     """
     if group is None or max_tokens is None or "nccl" not in dist.get_backend_config(group):
         return False

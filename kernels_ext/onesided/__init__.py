@@ -24,8 +24,8 @@ WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Threads of a block, as the kernels' launch bounds have it: with more, rows in flight do not fit the registers.
 THREADS = {"moeweave_dispatch": 384, "moeweave_combine": 384, "moeweave_weight_gradients": 512, "moeweave_plan": 512}
 MAX_RANKS, MAX_TOP_K, MAX_CHUNK = 64, 16, 32
-# As in link.cu: blocks of a role, words of a rank's state, and where each kind's epochs start in it, two roles after each other.
 KEPT_BYTES = 96 << 10  # of shared memory, for each of two blocks of a multiprocessor: sums before they are encoded
+# As in link.cu: blocks of a role, where the epochs start in a rank's state, kinds of operation (of two roles each).
 MAX_BLOCKS, EPOCHS, KINDS = 512, 8, 3
 STATE_WORDS = EPOCHS + (2 * KINDS + 1) * MAX_BLOCKS
 

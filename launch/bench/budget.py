@@ -17,7 +17,7 @@ def budgets_of(config: BenchConfig, factory: Callable[..., Any]) -> list[int | N
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Time over the number of multiprocessors, a curve for each operation, backend and shape; nothing without such lines."""
+    """Time over the number of multiprocessors, a curve for each operation, backend and shape; none without lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -36,6 +36,8 @@ def runs(on_cuda: bool) -> list[list[str]]:
         coded = ["op=dispatch", "backend=onesided_static", "codec=[none,fp8,int8]", bf16]
         found += [[*coded, f"shape={shape}", *(graph if "decode" in shape else [])] for shape in shapes.SHAPES]
         found += [["op=raw", "backend=push", bf16, "shape=v3-prefill", f"programs={n}"] for n in (8, 16, 32, 64)]
+        swept = ["op=[dispatch,combine]", "backend=onesided_static", "num_sms=[4,8,12,16,24,32,48,64,96]", *graph]
+        found.append([*swept, bf16, "shape=v3-prefill"])
     found.append([LINKS, "min_size=1048576", f"max_size={most}", "factor=16"])
     found.append(["op=overlap", bf16, "shape=v3-prefill", f"max_size={most // 4}"])
     found.append(["op=topology", bf16, f"max_size={most}"])

@@ -1,7 +1,8 @@
 """Times of the one-sided CUDA kernels with virtual ranks on ONE GPU: `python tests/comm/onesided_bench.py --out FILE`.
 
 Windows, streams and kernels of all ranks share the device: these are times of local memory, and nothing crosses a link.
-They show what a change of the kernels does to their fixed cost and to the bytes they move; links are for moeweave-bench.
+They show what a change of the kernels does to their fixed cost and to the bytes they move; links are for
+moeweave-bench.
 A dispatch is checked against the reference before anything is timed.
 
     cold    256 MB are written before each replay of a graph of one operation

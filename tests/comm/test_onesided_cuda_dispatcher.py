@@ -141,13 +141,18 @@ def test_recomputation_sends_along_the_kept_layout(monkeypatch: pytest.MonkeyPat
     case = Case(tokens=(20,), num_experts=4)
     [dispatcher], inputs = dispatchers_of(case), Inputs.of(case, 2)
     x_TD, engine, calls = inputs.xs[0].clone().requires_grad_(), dispatcher._engine, []
-    for name in ("plan", "dispatch", "resend"):
 
-        def counted(*args: Any, name: str = name, call: Any = getattr(engine, name), **options: Any) -> Any:
+    def count(name: str) -> None:
+        call = getattr(engine, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
             calls.append(name)
             return call(*args, **options)
 
         monkeypatch.setattr(engine, name, counted)
+
+    for name in ("plan", "dispatch", "resend"):
+        count(name)
 
     def layer(x: Tensor) -> Tensor:
         arrived = dispatcher.dispatch(x, inputs.ids[0], inputs.weights[0])

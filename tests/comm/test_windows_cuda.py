@@ -115,7 +115,7 @@ THERE = Place(None, "a", 1, (True, True))
         ([HERE, HERE], "see one GPU each"),
         ([HERE._replace(reaches=(True, False)), THERE], "rank 0 cannot write into rank 1's memory"),
         ([HERE, THERE._replace(reaches=(False, True))], "rank 1 cannot write into rank 0's memory"),
-        ([HERE, THERE._replace(index=2)], "rank 0 cannot write into rank 1's memory"),
+        ([HERE, THERE._replace(device=2)], "rank 0 cannot write into rank 1's memory"),
     ],
 )
 def test_gpus_that_do_not_reach_each_other_are_told_apart(places: list[Place], reason: str | None) -> None:
