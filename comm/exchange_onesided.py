@@ -36,10 +36,17 @@ class UnderWay:
         settings: of the operators that do the same in one piece.
     """
 
-    there: Pending[Any]
+    there: Pending[Any] | None
     top_k: int
     settings: Settings
     back: Pending[Any] | None = None
+
+    # What was joined is not kept: a result that knows its node, kept by that node, would never be freed.
+
+    def join_there(self) -> Any:
+        assert self.there is not None, "an exchange is joined once"
+        pending, self.there = self.there, None
+        return pending.wait()
 
     def join_back(self) -> Any:
         assert self.back is not None, "a gradient is joined once, after it was posted"
@@ -99,7 +106,7 @@ class JoinRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, weights_TK: Tensor, way: UnderWay, moves: Any) -> Tensor:
-        routes_TKD = way.there.wait()
+        routes_TKD = way.join_there()
         kept = [routes_TKD] if weights_TK.requires_grad else []
         ctx.way, ctx.num_moves = way, len(moves.tensors)
         ctx.save_for_backward(weights_TK, *moves.tensors, *kept)
@@ -136,7 +143,7 @@ class JoinSums(torch.autograd.Function):
     def forward(ctx: Any, token: Tensor, weights_TK: Tensor, way: UnderWay, moves: Any) -> Tensor:
         ctx.way = way
         ctx.save_for_backward(weights_TK, *moves.tensors)
-        return way.there.wait()
+        return way.join_there()
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:

@@ -99,7 +99,7 @@ class OneSidedDispatcher:
         way = UnderWay(posted, ids_TK.shape[1], self._dispatch)
 
         def finish(token: Tensor | None = None) -> Dispatched:
-            rows_RD, weights_R, *new = way.there.wait()
+            rows_RD, weights_R, *new = way.join_there()
             layout = self._layout(ids_TK, *new) if handle is None else handle
             if token is not None:
                 rows_RD = JoinDispatch.apply(token, rows_RD, way, x_TD.shape[0], moves_of(layout))

@@ -246,13 +246,15 @@ def many_steps(overlap: dict[str, Any], microbatches: int) -> tuple[list[float],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overlap, microbatches", [(IN_TURNS, 2), (dict(overlap="three_stream", three_stream_form="gathered"), 1)]
+    "overlap, unscheduled, microbatches",
+    [(IN_TURNS, {}, 2), (dict(overlap="three_stream", three_stream_form="gathered"), dict(dispatcher="allgather"), 1)],
+    ids=["microbatch", "three-stream"],
 )
-def test_200_steps(overlap: dict[str, Any], microbatches: int) -> None:
+def test_200_steps(overlap: dict[str, Any], unscheduled: dict[str, Any], microbatches: int) -> None:
     """Not one bit apart from the same parts one after the other, and no more memory at the end than early on."""
     pytest.importorskip("transformers")
     losses, memory = run_ranks(2, many_steps, overlap, 1, timeout=600)[0]
-    plain, _ = run_ranks(2, many_steps, {}, microbatches, timeout=600)[0]
+    plain, _ = run_ranks(2, many_steps, unscheduled, microbatches, timeout=600)[0]
     assert plain[-1] < 0.7 * plain[0], "it learns"
     assert losses == plain
     assert memory[-1] - memory[0] < 16 << 20, f"memory grows: {memory}"
