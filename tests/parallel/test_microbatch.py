@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeweave.comm.overlap import in_lane
 from moeweave.kernels_ext.tolerance import assert_close
@@ -23,7 +22,7 @@ from moeweave.parallel.microbatch import refuse_lanes
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.record import record_of
-from overlapped import batch_of, build, gradients
+from overlapped import ReducedBytes, batch_of, build, gradients
 from run_ranks import run_ranks
 
 # Passes of older releases record router logits in one place, so the plan is refused there.
@@ -188,21 +187,6 @@ def test_equal_within_rounding(
     for found, plain in run_ranks(sizes["dp"], in_turns_and_not, name, sizes, plan, microbatches, rows):
         for key, want in plain.items():
             assert_close(key, found[key], want, getattr(torch, plan.get("dtype", "float32")))
-
-
-class ReducedBytes(TorchDispatchMode):
-    """Counts what ranks hand to reductions of gradients; losses and votes are smaller than any gradient here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and "reduce" in func.__name__:
-            given = args[1] if "scatter" in func.__name__ else args[0]
-            sizes = [each.numel() * each.element_size() for each in (given if isinstance(given, list) else [given])]
-            self.num_bytes += sum(size for size in sizes if size > 64)
-        return func(*args, **(kwargs or {}))
 
 
 def reduced(name: str, sizes: dict[str, int], plan: dict[str, Any]) -> dict[str, Any]:
