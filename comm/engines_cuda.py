@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from moeweave.comm.nodes import hosts_of
 from moeweave.comm.onesided_cuda import CudaEngine
 from moeweave.comm.onesided_launch import Budget
+from moeweave.comm.nodes import hosts_of
 from moeweave.comm.watchdog import watch
 from moeweave.comm.windows_cuda import CudaWindow, SymmetricWindow, WindowMap
 from moeweave.kernels_ext import onesided
