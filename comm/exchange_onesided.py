@@ -98,7 +98,8 @@ class PostRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return weighted_grad(*ctx.way.join_back(), ctx.num_rows), None
+        grad_RD, weights_R = ctx.way.join_back()
+        return weighted_grad(grad_RD, weights_R, ctx.num_rows), None
 
 
 class JoinRows(torch.autograd.Function):

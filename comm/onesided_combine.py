@@ -138,9 +138,9 @@ def backward_rows(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradient of an exact combine: of rows_RD, and of weights_TK if it was wanted."""
     weights_TK, *rest = ctx.saved_tensors
     moves, returned = rest[: ctx.num_moves], rest[ctx.num_moves :]
-    resent = onesided_resend(grad_TD, weights_TK.detach(), moves, *ctx.settings.backward)
+    grad_RD, weights_R = onesided_resend(grad_TD, weights_TK.detach(), moves, *ctx.settings.backward)
     grad_weights = grad_of_weights(grad_TD, returned[0], weights_TK.dtype) if returned else None
-    return weighted_grad(*resent, ctx.num_rows), grad_weights
+    return weighted_grad(grad_RD, weights_R, ctx.num_rows), grad_weights
 
 
 def weighted_grad(grad_RD: Tensor, weights_R: Tensor, num_rows: int) -> Tensor:
