@@ -17,7 +17,7 @@ from moeweave.comm.onesided_ops import (
     onesided_return_sums,
     op,
 )
-from moeweave.comm.transfer import pad_rows, sum_routes, wide
+from moeweave.comm.transfer import grad_of_weights, pad_rows, sum_routes, wide
 
 BLOCK_BYTES = 1 << 18
 
@@ -67,13 +67,18 @@ def backward_sums(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
 
     All ranks exchange the weights' gradient, wanted here or not: whether it is may differ between them.
     """
+    _, weights_TK, _, *moves = ctx.saved_tensors
+    grad_RD, _ = onesided_resend(grad_TD, weights_TK.detach(), moves, ctx.settings.backward.text)
+    return grads_of_sums(ctx, grad_RD)
+
+
+def grads_of_sums(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """What `backward_sums` returns, from the tokens' gradients as they came to the rows [R, D]."""
     rows_RD, weights_TK, weights_R, *moves = ctx.saved_tensors
-    settings = ctx.settings.backward
-    grad_RD, _ = onesided_resend(grad_TD, weights_TK.detach(), moves, settings.text)
     grad_RD = grad_RD.to(wide(grad_RD.dtype))
     used = rows_RD[: grad_RD.shape[0]].to(grad_RD.dtype)
     dots_R1 = row_dots(grad_RD, used).unsqueeze(1)
-    returned = onesided_return_rows(dots_R1, moves, *weights_TK.shape, settings.uncoded.text)
+    returned = onesided_return_rows(dots_R1, moves, *weights_TK.shape, ctx.settings.backward.uncoded.text)
     grad_rows = (grad_RD * weights_R.unsqueeze(1).to(grad_RD.dtype)).to(rows_RD.dtype)
     return pad_rows(grad_rows, rows_RD.shape[0]), returned.squeeze(2).to(weights_TK.dtype)
 
@@ -122,12 +127,14 @@ def backward_rows(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None]:
     weights_TK, *rest = ctx.saved_tensors
     moves, returned = rest[: ctx.num_moves], rest[ctx.num_moves :]
     grad_RD, weights_R = onesided_resend(grad_TD, weights_TK.detach(), moves, ctx.settings.backward.text)
-    dtype = wide(grad_TD.dtype)
-    grad_rows = (grad_RD * weights_R.unsqueeze(1).to(dtype)).to(grad_TD.dtype)
-    grad_weights = None
-    if returned:
-        grad_weights = torch.einsum("td,tkd->tk", grad_TD.to(dtype), returned[0].to(dtype)).to(weights_TK.dtype)
-    return pad_rows(grad_rows, ctx.num_rows), grad_weights
+    grad_weights = grad_of_weights(grad_TD, returned[0], weights_TK.dtype) if returned else None
+    return weighted_grad(grad_RD, weights_R, ctx.num_rows), grad_weights
+
+
+def weighted_grad(grad_RD: Tensor, weights_R: Tensor, num_rows: int) -> Tensor:
+    """Gradient of the experts' rows, of which there are `num_rows`, from their tokens' gradients."""
+    weighted = grad_RD * weights_R.unsqueeze(1).to(wide(grad_RD.dtype))
+    return pad_rows(weighted.to(grad_RD.dtype), num_rows)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

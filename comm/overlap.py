@@ -10,8 +10,10 @@ order. Two lanes of a layer, a and b (attention with the router, d dispatch, e e
     compute   a.att  b.att  a.exp  b.exp  a.att' b.att' ...
     wire             a.d    b.d    a.c    b.c    a.d'
 
-Backward is one pass over one graph. Edges between the lanes' exchanges (`_Leave`, `_Enter`) make it take the same turns
-in reverse; gradients of parameters are summed over the lanes before anything reduces them over ranks.
+Backward is one pass over one graph. Edges between the lanes' exchanges (`_Leave`, `_Enter`, `_End`) make it take the
+same turns in reverse; in front of a lane's first exchange there is nothing to tie an edge to, and autograd's own order,
+by number, does it (`_number_from`). So every rank's backward issues its collectives in one order, those of attention
+over other groups as well. Gradients of parameters are summed over the lanes before anything reduces them over ranks.
 
 Legend: T tokens here, K routes a token, D width, R rows here.
 """
@@ -118,7 +120,7 @@ def hand_over(pending: Pending[Any]) -> None:
     linked = token is not None and token.requires_grad and torch.is_grad_enabled()
     if linked:
         pending.token, turns.baton = _Leave.apply(token)
-    lane.yield_turn()
+    lane.yield_turn(linked)
     if linked and turns.baton is not None:
         pending.token = _Enter.apply(pending.token, turns.baton)
 
@@ -158,6 +160,33 @@ class _Enter(torch.autograd.Function):
         return grad, grad
 
 
+class _End(torch.autograd.Function):
+    """In backward: a lane's last piece waits for that of the lane that ran on after it."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor) -> tuple[Tensor, Tensor]:
+        return result.view_as(result), result.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        return grad
+
+
+def _number_from(number: int) -> int:
+    """Make autograd number what this thread does next from `number` on; returns where it is.
+
+    Of nodes that are ready, backward runs the highest number first, and every thread counts for itself.
+    """
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return 0
+    one, reached = torch.ones((), requires_grad=True), -1
+    while reached < number:
+        node = one.view_as(one).grad_fn
+        assert node is not None
+        reached = node._sequence_nr()
+    return reached
+
+
 class LaneLocal(Protocol):
     """State of somebody else's that must be each lane's own: taken out when a lane stops, put back when it goes on."""
 
@@ -173,8 +202,9 @@ class LaneStopped(RuntimeError):
 def run_lanes(tasks: Sequence[Callable[[], T]], local: Sequence[LaneLocal] = ()) -> list[T]:
     """Run the tasks as lanes and return their results in order. Call it with the same tasks on every rank.
 
-    The first task runs on the caller's thread, each other one on a thread that ends with it. Grad mode, autocast,
-    device, stream and context variables are the caller's. The first exception of a lane is raised once all have ended.
+    Each task runs on a thread that ends with it, the first one too: how far the caller's thread has counted autograd's
+    nodes is no other rank's business. Grad mode, autocast, device, stream and context variables are the caller's; modes
+    of tensor functions are not. The first exception of a lane is raised once all have ended.
     """
     if len(tasks) == 1:
         return [tasks[0]()]
@@ -182,12 +212,11 @@ def run_lanes(tasks: Sequence[Callable[[], T]], local: Sequence[LaneLocal] = ())
     lanes = [_Lane(index, task, turns) for index, task in enumerate(tasks)]
     inherit = _thread_state()
     threads = []
-    for lane in lanes[1:]:
+    for lane in lanes:
         context = contextvars.copy_context()
         threads.append(threading.Thread(target=context.run, args=(lane.run, inherit), name=f"lane {lane.index}"))
     for thread in threads:
         thread.start()
-    contextvars.copy_context().run(lanes[0].run, None)
     for thread in threads:
         thread.join()
     if turns.error is not None:
@@ -204,6 +233,7 @@ class _Turns:
         self.running = list(range(num_lanes))
         self.error: BaseException | None = None
         self.baton: Tensor | None = None
+        self.number = 0  # where autograd has counted to in lanes that no edge ties yet
         self.local = local
         self.saved = {index: [each.save() for each in local] for index in range(num_lanes)}
 
@@ -235,25 +265,35 @@ class _Lane:
     def __init__(self, index: int, task: Callable[[], Any], turns: _Turns) -> None:
         self.index, self.task, self.turns = index, task, turns
         self.result: Any = None
+        self.linked = False
 
-    def run(self, inherit: Callable[[], Any] | None) -> None:
+    def run(self, inherit: Callable[[], Any]) -> None:
         try:
             self.turns.wait_for(self.index)
             _current.set(self)
-            if inherit is None:
-                self.result = self.task()
-            else:
-                with inherit():
-                    self.result = self.task()
+            with inherit():
+                _number_from(self.turns.number)
+                self.result = self._end(self.task())
             self.turns.pass_on(self.index, ended=True)
         except LaneStopped:
             pass
         except BaseException as error:  # noqa: BLE001 (raised again by run_lanes, on the caller's thread)
             self.turns.fail(error)
 
-    def yield_turn(self) -> None:
+    def yield_turn(self, linked: bool) -> None:
+        if not self.linked:
+            self.turns.number = _number_from(0)
+        self.linked = self.linked or linked
         self.turns.pass_on(self.index)
         self.turns.wait_for(self.index)
+        if not self.linked:
+            _number_from(self.turns.number)
+
+    def _end(self, result: Any) -> Any:
+        if not (isinstance(result, Tensor) and result.requires_grad):
+            return result
+        result, self.turns.baton = _End.apply(result)
+        return result
 
 
 def _thread_state() -> Callable[[], Any]:

@@ -12,8 +12,11 @@ Each rank holds its own tokens. Router and shared expert run on these alone, and
     routed    rows go to the ranks that need them, so they wait for the router: only the shared expert, and whatever
               other chunk is under way, hides them.
 
-`push_share` is the part of the columns of rows and results that takes the push plane. Splitting changes no bit. The
-forward pass is overlapped; gradients go back straight through, a row a route, one after the other.
+`push_share` is the part of the columns of rows and results that takes the push plane. Splitting changes no bit.
+Gradients go back over both planes as well, straight through and a row a route:
+
+    dma, push   results' gradients                               rows' gradients
+    compute     weights' gradients           experts' backward   shared expert's backward      sum, router's backward
 
 Legend: T tokens here, K routes a token, D width, R rows here, W ranks, M = T_max of the group, N = M * K, G scales.
 """
@@ -30,7 +33,7 @@ from torch.distributed import ProcessGroup
 
 from moeweave.comm.codec import decode_rows, encode_rows
 from moeweave.comm.communicator import Communicator
-from moeweave.comm.joins import JoinArrived, JoinPrereduced, JoinReturned
+from moeweave.comm.joins import GradientWay, JoinArrived, JoinPrereduced, JoinReturned, Post, PostPrereduced
 from moeweave.comm.layout import Layout, arrange_fixed, arrange_gathered, exchange_layout
 from moeweave.comm.pending import Pending
 from moeweave.comm.planes import refuse_training
@@ -169,7 +172,8 @@ class ThreeStream:
         beside: Callable[[], None],
     ) -> tuple[Tensor, Tensor | None, Layout]:
         assert leaving is not None
-        most = leaving.max_tokens
+        way, most = self._gradient_way("rows", "dispatch"), leaving.max_tokens
+        token = Post.apply(x_TD, way)
         ids = self._on_push("ids", _padded(ids_TK, most, -1))
         weights = self._on_push("weights", _padded(weights_TK.detach(), most)) if self.prereduced else None
         beside()
@@ -183,7 +187,7 @@ class ThreeStream:
         scales = None if leaving.scales is None else leaving.scales.wait().index_select(0, source_R)
         rows_RD = self._decode(leaving.codes.wait().index_select(0, source_R), scales, x_TD.dtype)
         weights_R = None if weights is None else weights.wait().reshape(-1).index_select(0, route_R)
-        return JoinArrived.apply(x_TD, rows_RD, layout, self._gradient_of("dispatch")), weights_R, layout
+        return JoinArrived.apply(token, rows_RD, layout, way), weights_R, layout
 
     def _fixed_pass(
         self,
@@ -230,6 +234,8 @@ class ThreeStream:
         layout = Layout(order_N, to_W, from_W, perm_R, offsets_e, num_tokens, top_k, self.push.name)
         sends, receives = layout.send_splits.tolist(), layout.recv_splits.tolist()
         source_N = layout.order_N[: sum(sends)] // layout.top_k
+        way = self._gradient_way("rows", "dispatch")
+        token = Post.apply(x_TD, way)
         codes_TD, scales_TG = self._encode(x_TD.detach())
         codes = self.planes.all_to_all("rows", codes_TD.index_select(0, source_N), sends, receives)
         scales = None
@@ -239,22 +245,25 @@ class ThreeStream:
         beside()
         arrived = None if scales is None else scales.wait().index_select(0, layout.perm_R)
         rows_RD = self._decode(codes.wait().index_select(0, layout.perm_R), arrived, x_TD.dtype)
-        return JoinArrived.apply(x_TD, rows_RD, layout, self._gradient_of("dispatch")), None, layout
+        return JoinArrived.apply(token, rows_RD, layout, way), None, layout
 
     def _combine_exact(self, rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
+        way = self._gradient_way("results", "combine")
+        token = Post.apply(rows_RD, way)
         rows = rows_RD.detach()[: layout.perm_R.shape[0]]
         arrival = torch.empty_like(rows, memory_format=torch.contiguous_format).index_copy_(0, layout.perm_R, rows)
         sends, receives = layout.send_splits.tolist(), layout.recv_splits.tolist()
         returned = self._exchange_results(arrival, receives, sends)
         with self.computing("sum"):
-            return JoinReturned.apply(rows_RD, weights_TK, returned, layout, self._gradient_of("combine"))
+            return JoinReturned.apply(token, weights_TK, returned, layout, way)
 
     def _combine_prereduced(self, rows_RD: Tensor, weights_TK: Tensor, weights_R: Tensor, layout: Layout) -> Tensor:
         assert layout.route_R is not None and layout.max_tokens is not None
-        most = int(layout.max_tokens)
+        way, most = self._gradient_way("results", "combine"), int(layout.max_tokens)
+        token = PostPrereduced.apply(rows_RD, weights_TK, weights_R, layout, way)
         partial = partial_sums(rows_RD.detach(), weights_R, layout.route_R, self.push.size * most, layout.top_k)
         summed = self._sum_of_ranks(partial, most, layout.num_tokens, rows_RD.dtype)
-        return JoinPrereduced.apply(rows_RD, weights_TK, summed, weights_R, layout, self._gradient_of("combine"))
+        return JoinPrereduced.apply(token, summed, layout, way)
 
     def _exchange_results(self, rows: Tensor, sends: list[int], receives: list[int]) -> Tensor:
         format, scale = self.options.codec.combine, self.options.codec.scale
@@ -262,8 +271,9 @@ class ThreeStream:
         arrived = self.planes.all_to_all("results", words, sends, receives).wait()
         return arrived if format == "none" else decode_rows(arrived, format, scale, rows.shape[1], rows.dtype)
 
-    def _gradient_of(self, exchange: str) -> tuple[str, str]:
-        return getattr(self.options.codec, f"{exchange}_backward"), self.options.codec.scale
+    def _gradient_way(self, name: str, exchange: str) -> GradientWay:
+        codec = self.options.codec
+        return GradientWay(self.planes, f"gradients of {name}", (getattr(codec, f"{exchange}_backward"), codec.scale))
 
     def rows_of(self, leaving: Gathering) -> Tensor:
         """All ranks' rows, decoded: [W * M, D]. Waits for them."""

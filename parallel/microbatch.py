@@ -1,10 +1,10 @@
 """The whole model on several micro-batches in turns: the exchange of one beside attention and experts of another.
 
-Each micro-batch is a lane (`comm.overlap.run_lanes`). Two kinds of state that belong to one pass at a time are each
-lane's own here: where FSDP's modules are in their pass, and what the loss of the call under way is divided by. FSDP's
-parameters stay gathered while lanes run, until the backward pass is through: a lane that leaves a layer must not free
-the weights of one that is still in it. Backward goes over all lanes at once, so a gradient is summed over them first
-and reduced once.
+Each micro-batch is a lane (`comm.overlap.run_lanes`). State that belongs to one pass at a time is each lane's own here:
+where FSDP's modules are in their pass, what the loss of the call under way is divided by, and what a pass over shared
+sequences keeps (`SequenceSharing.save`). FSDP's parameters stay gathered while lanes run, until the backward pass is
+through: a lane that leaves a layer must not free the weights of one that is still in it. Backward goes over all lanes
+at once, so a gradient is summed over them first and reduced once.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def agree_on_lanes(batch: dict[str, Any], parts: int, record: Record) -> int:
 
     Collective over all ranks that exchange tokens, if the plan overlaps micro-batches.
     """
-    # What a pass over shared sequences keeps is not each lane's own: there tokens are cut inside the layers.
-    if record.plan.overlap != "microbatch" or not record.calls or record.sequence is not None:
+    if record.plan.overlap != "microbatch" or not record.calls:
         return 1
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     rows = min((value.shape[0] for value in tensors), default=0)
-    tokens = min((value.shape[:2].numel() for value in tensors), default=0)
+    sizes = record.mesh.sizes
+    tokens = min((value.shape[:2].numel() for value in tensors), default=0) // (sizes.sp * sizes.tp)
     lanes = record.plan.microbatches
     least = least_of_ranks(
         torch.tensor([rows, tokens], device=record.mesh.device), Communicator(record.mesh.token_group).name
@@ -75,6 +75,7 @@ def in_lanes(model: nn.Module, passes: Sequence[Callable[[], T]], record: Record
     """Results of the passes, run in turns."""
     local: list[LaneLocal] = [_NumItems(record)]
     local += [_FSDPPass(module) for module in fsdp_modules(model)]
+    local += [] if record.sequence is None else [record.sequence]
     return run_lanes(passes, local)
 
 

@@ -70,6 +70,8 @@ class SequenceSharing:
         configs: of the model, renamed while it makes its masks under "ring".
         fewest: positions that a sequence must have for every rank to hold one.
         logits: router logits seen by the pass under way, where it adds a balance loss.
+
+    Where passes take turns, `save` and `restore` keep each one's logits and names of its masks apart.
     """
 
     def __init__(self, model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> None:
@@ -93,6 +95,14 @@ class SequenceSharing:
         if self.is_plain:
             for layer in self.layers:
                 answer_plain_attention(layer, self.plan.sequence)
+
+    def save(self) -> tuple[Any, ...]:
+        return self.logits, *(config._attn_implementation_internal for config in self.configs)
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        self.logits = saved[0]
+        for config, name in zip(self.configs, saved[1:], strict=True):
+            config._attn_implementation_internal = name
 
     def begin(self, given: dict[str, Any], record: Any) -> Span | None:
         """The span of a forward pass with these arguments; None if each rank runs whole sequences."""

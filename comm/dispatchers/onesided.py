@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -22,20 +21,13 @@ from moeweave.comm.codec import Codec
 from moeweave.comm.coded_rows import check_coded_rows, coded, coded_words
 from moeweave.comm.dispatch import Dispatched
 from moeweave.comm.engines import engine_named, engine_of
+from moeweave.comm.exchange_onesided import JoinDispatch, JoinRows, JoinSums, PostDispatch, PostRows, PostSums, UnderWay
 from moeweave.comm.layout import Layout
 from moeweave.comm.onesided import Engine, Moves
-from moeweave.comm.onesided_combine import (
-    backward_rows,
-    backward_sums,
-    onesided_combine_rows,
-    onesided_combine_sums,
-    save_rows,
-    save_sums,
-)
+from moeweave.comm.onesided_combine import onesided_combine_rows, onesided_combine_sums
 from moeweave.comm.onesided_nodes import NodeMoves
-from moeweave.comm.onesided_ops import Settings, backward_dispatch, onesided_dispatch, onesided_resend, save_dispatch
+from moeweave.comm.onesided_ops import Settings, onesided_dispatch, onesided_resend
 from moeweave.comm.pending import Pending
-from moeweave.comm.transfer import sum_routes
 
 AnyMoves = Moves | NodeMoves
 
@@ -101,32 +93,34 @@ class OneSidedDispatcher:
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, handle: Layout | None = None
     ) -> Pending[Dispatched]:
         engine, wire, sent = engine_named(self._dispatch.engine), self._dispatch.wire, self._rows_to_send(x_TD)
-        width = x_TD.shape[1]
-
-        def joined(rows_RD: Tensor, weights_R: Tensor, layout: Layout) -> Dispatched:
-            if not self.coded_rows:
-                rows_RD = _Arrived.apply(x_TD, rows_RD, layout.top_k, moves_of(layout), self._dispatch)
-            return self._dispatched(rows_RD, weights_R, layout, width)
-
         if handle is not None:
-            resent = engine.resend(sent, weights_TK, moves_of(handle), wire)
-            return Pending(lambda: joined(*resent.wait(), handle))
-        posted = engine.dispatch(sent, ids_TK, weights_TK, self.num_experts, wire)
+            posted: Pending[Any] = engine.resend(sent, weights_TK, moves_of(handle), wire)
+        else:
+            posted = engine.dispatch(sent, ids_TK, weights_TK, self.num_experts, wire)
+        way = UnderWay(posted, ids_TK.shape[1], self._dispatch)
 
-        def finish() -> Dispatched:
-            rows_RD, weights_R, offsets_e, moves = posted.wait()
-            return joined(rows_RD, weights_R, self._layout(ids_TK, offsets_e, moves))
+        def finish(token: Tensor | None = None) -> Dispatched:
+            rows_RD, weights_R, *new = way.join_there()
+            layout = self._layout(ids_TK, *new) if handle is None else handle
+            if token is not None:
+                rows_RD = JoinDispatch.apply(token, rows_RD, way, x_TD.shape[0], moves_of(layout))
+            return self._dispatched(rows_RD, weights_R, layout, x_TD.shape[1])
 
-        return Pending(finish)
+        return Pending(finish, None if self.coded_rows else PostDispatch.apply(x_TD, way))
 
     def combine_async(self, rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         engine, wire, moves = engine_named(self._combine.engine), self._combine.wire, moves_of(dispatched.handle)
+        num_tokens, top_k = weights_TK.shape
         if self._combine.exact:
-            rows = engine.return_rows(rows_RD.detach(), moves, weights_TK.shape[0], weights_TK.shape[1], wire)
-            return Pending(lambda: _ReturnedRows.apply(rows_RD, weights_TK, rows.wait(), moves, self._combine))
+            rows = engine.return_rows(rows_RD.detach(), moves, num_tokens, top_k, wire)
+            way = UnderWay(rows, top_k, self._combine)
+            token = PostRows.apply(rows_RD, way)
+            return Pending(lambda token: JoinRows.apply(token, weights_TK, way, moves), token)
         weights_R = _weights_of(dispatched)
-        sums = engine.return_sums(rows_RD.detach(), weights_R, moves, weights_TK.shape[0], weights_TK.shape[1], wire)
-        return Pending(lambda: _ReturnedSums.apply(rows_RD, weights_TK, weights_R, sums.wait(), moves, self._combine))
+        sums = engine.return_sums(rows_RD.detach(), weights_R, moves, num_tokens, top_k, wire)
+        way = UnderWay(sums, top_k, self._combine)
+        token = PostSums.apply(rows_RD, weights_TK, weights_R, way, moves)
+        return Pending(lambda token: JoinSums.apply(token, weights_TK.detach(), way, moves), token)
 
     def close(self) -> None:
         """Leave the group's windows: no dispatcher over the group can be used afterwards. Its end does the same."""
@@ -157,53 +151,3 @@ def moves_of(layout: Layout) -> AnyMoves:
 def _weights_of(dispatched: Dispatched) -> Tensor:
     assert dispatched.weights_R is not None, "dispatched by another dispatcher"
     return dispatched.weights_R
-
-
-class _Arrived(torch.autograd.Function):
-    """Joins rows that an asynchronous dispatch brought to the graph of the tokens they came from."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, rows_RD: Tensor, top_k: int, moves: AnyMoves, settings: Settings) -> Tensor:
-        save_dispatch(ctx, x_TD, top_k, moves.tensors, settings)
-        # Detached: autograd takes what is handed through as it is for a view, which a model may not add to in place.
-        return rows_RD.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        return backward_dispatch(ctx, grad_RD), None, None, None, None
-
-
-class _ReturnedRows(torch.autograd.Function):
-    """Weighted sum of the rows that an asynchronous exact combine brought back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, routes_TKD: Tensor, moves: AnyMoves, settings: Settings
-    ) -> Tensor:
-        save_rows(ctx, rows_RD, weights_TK, routes_TKD, moves.tensors, settings)
-        return sum_routes(routes_TKD, weights_TK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward_rows(ctx, grad_TD), None, None, None
-
-
-class _ReturnedSums(torch.autograd.Function):
-    """Joins the sums that an asynchronous prereduced combine brought back to the graph of the experts' rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RD: Tensor,
-        weights_TK: Tensor,
-        weights_R: Tensor,
-        y_TD: Tensor,
-        moves: AnyMoves,
-        settings: Settings,
-    ) -> Tensor:
-        save_sums(ctx, rows_RD, weights_TK, weights_R, moves.tensors, settings)
-        return y_TD.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward_sums(ctx, grad_TD), None, None, None, None

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeweave.comm import rounds
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.exchange import Exchange
 from moeweave.comm.overlap import hand_over, in_lane, run_lanes, run_routed
@@ -32,9 +33,13 @@ CASES = [
 
 
 def dispatcher_of(case: Case, name: str):
+    """`name` is a dispatcher, or a dispatcher and its way back."""
     group = dist.group.WORLD
     return_group = dist.new_group(list(range(case.world)))
-    return make_dispatcher(name, group, case.num_experts, top_k=case.top_k, return_group=return_group)
+    name, _, combine = name.partition(" ")
+    return make_dispatcher(
+        name, group, case.num_experts, top_k=case.top_k, combine=combine or None, return_group=return_group
+    )
 
 
 def chunked(case: Case, name: str, num_chunks: int) -> list[Tensor]:
@@ -53,7 +58,7 @@ def chunked(case: Case, name: str, num_chunks: int) -> list[Tensor]:
     return [y_TD.detach(), x_TD.grad, weights_TK.grad, mine.grad]
 
 
-@pytest.mark.parametrize("name", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", ["alltoall", "allgather", "onesided", "onesided exact"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_chunks_change_no_bit_of_output_and_token_gradients(case: Case, name: str) -> None:
     """The experts' own gradient is a sum over chunks, so it is equal to rounding only."""
@@ -70,9 +75,9 @@ def test_chunks_change_no_bit_of_output_and_token_gradients(case: Case, name: st
         assert_close(f"rank {rank}", cut[3], answers[rank].grad_experts[mine], case.dtype)
 
 
-def two_layers(case: Case, as_lanes: bool) -> tuple[list[Tensor], list[str]]:
+def two_layers(case: Case, name: str, as_lanes: bool) -> tuple[list[Tensor], list[str]]:
     """Two layers on two micro-batches; the experts' passes in order, in both directions."""
-    dispatcher, order = dispatcher_of(case, "alltoall"), []
+    dispatcher, order = dispatcher_of(case, name), []
 
     def task(lane: int, x_TD: Tensor, weights_TK: Tensor, mine: Tensor) -> Tensor:
         def experts(layer: int, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
@@ -93,9 +98,10 @@ def two_layers(case: Case, as_lanes: bool) -> tuple[list[Tensor], list[str]]:
     return [*(y.detach() for y in outputs), *(leaf.grad for leafs in sets for leaf in leafs)], order
 
 
+@pytest.mark.parametrize("name", ["alltoall", "onesided", "onesided exact"])
 @pytest.mark.parametrize("case", [Case((5, 8), top_k=2), Case((0, 3, 4, 1))], ids=lambda case: case.name)
-def test_two_layers_in_flight(case: Case) -> None:
-    in_turns, in_order = run_ranks(case.world, two_layers, case, True), run_ranks(case.world, two_layers, case, False)
+def test_two_layers_in_flight(case: Case, name: str) -> None:
+    in_turns, in_order = (run_ranks(case.world, two_layers, case, name, as_lanes) for as_lanes in (True, False))
     forward = [f"lane {lane} layer {layer}" for layer in range(2) for lane in range(2)]
     for (found, order), (want, _) in zip(in_turns, in_order, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
@@ -171,7 +177,7 @@ def timed_chunks(case: Case) -> list[str]:
     return [name for _, name in sorted(events)]
 
 
-def backward_of_chunks(case: Case) -> list[str]:
+def backward_of_chunks(case: Case, name: str, exchange: type, join_name: str) -> list[str]:
     """What backward does, in order: exchanges posted and joined, experts' passes."""
     x_TD, weights_TK, mine = leaves_of(case, dist.get_rank())
     order: list[str] = []
@@ -180,25 +186,28 @@ def backward_of_chunks(case: Case) -> list[str]:
         rows_RD.register_hook(lambda _: order.append("experts"))
         return run_experts(mine, rows_RD, offsets_e)
 
-    dispatcher = dispatcher_of(case, "alltoall")
+    dispatcher = dispatcher_of(case, name)
     y_TD = run_routed(dispatcher, x_TD, ids_of(case, dist.get_rank()), weights_TK, experts, 2)
-    post, join = Exchange.post, Exchange.join
+    post, join = exchange.post, getattr(exchange, join_name)
 
     def noted(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, *args: (order.append(name), own(self, *args))[1]
 
     with (
-        mock.patch.object(Exchange, "post", noted("post", post)),
-        mock.patch.object(Exchange, "join", noted("join", join)),
+        mock.patch.object(exchange, "post", noted("post", post)),
+        mock.patch.object(exchange, join_name, noted("join", join)),
     ):
         y_TD.sum().backward()
     return order
 
 
-def test_backward_of_chunks_is_overlapped_too() -> None:
+@pytest.mark.parametrize(
+    "name, exchange, join_name", [("alltoall", Exchange, "join"), ("onesided exact", rounds.Exchange, "_finish")]
+)
+def test_backward_of_chunks_is_overlapped_too(name: str, exchange: type, join_name: str) -> None:
     """Both combines' gradients leave first; the first chunk's experts run while the second's rows go back."""
     want = ["post", "post", "join", "experts", "post", "join", "experts", "post", "join", "join"]
-    assert run_ranks(2, backward_of_chunks, Case((8, 8))) == [want, want]
+    assert run_ranks(2, backward_of_chunks, Case((8, 8)), name, exchange, join_name) == [want, want]
 
 
 def test_order_of_chunks() -> None:

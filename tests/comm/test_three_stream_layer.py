@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,20 @@ CASES = [
 ]
 
 
+class _TimedTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, timeline: Timeline) -> Tensor:
+        ctx.timeline, y_TD = timeline, torch.tanh(x_TD)
+        ctx.save_for_backward(y_TD)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        with ctx.timeline.span("compute", "shared expert's gradients"):
+            (y_TD,) = ctx.saved_tensors
+            return grad_TD * (1 - y_TD * y_TD), None
+
+
 @dataclass(frozen=True)
 class Way:
     """How the layer runs: with this schedule, or (None) through a dispatcher; `share` is tanh of the tokens."""
@@ -40,6 +55,11 @@ class Way:
     options: ThreeStreamOptions | None
     dispatcher: dict[str, Any] = field(default_factory=dict)
     overlap: bool = True
+
+    @staticmethod
+    def shared(timeline: Timeline | None) -> Callable[[Tensor], Tensor]:
+        """tanh, whose backward is a span where there is a timeline."""
+        return torch.tanh if timeline is None else lambda x_TD: _TimedTanh.apply(x_TD, timeline)
 
     def run(self, case: Case, timeline: Timeline | None = None) -> list[Tensor]:
         rank = dist.get_rank()
@@ -54,9 +74,10 @@ class Way:
             groups = [dist.new_group(list(range(case.world))) for _ in range(2)]
             streams = make_streams("cpu", overlap=self.overlap, timeline=timeline)
             schedule = ThreeStream(*groups, case.num_experts, streams, self.options, case.top_k)
-            y_TD = schedule.layer(x_TD, lambda x: (ids_of(case, rank), weights_TK), experts, torch.tanh)
-            streams.close()
+            y_TD = schedule.layer(x_TD, lambda x: (ids_of(case, rank), weights_TK), experts, self.shared(timeline))
         y_TD.backward(probe_of(case, rank))
+        if self.options is not None:
+            streams.close()
         return [y_TD.detach(), x_TD.grad, weights_TK.grad, mine.grad]
 
 
@@ -170,6 +191,18 @@ def test_routed_rows_wait_for_the_router_and_not_for_the_shared_expert() -> None
         router, shared = named(spans, "compute", "router"), named(spans, "compute", "shared expert")
         assert router.end <= named(spans, "push", "rows").start < shared.start
         assert named(spans, "push", "rows").end >= shared.end, "joined only after the shared expert"
+
+
+@pytest.mark.parametrize("form, combine", [("gathered", "exact"), ("routed", "exact"), ("gathered", "prereduced")])
+def test_gradients_are_overlapped_too(form: str, combine: str) -> None:
+    """Both planes carry both gradients; the shared expert's are computed while those of the rows are under way."""
+    for spans in run_ranks(2, traced, Case((64, 64), dim=256), Way(ThreeStreamOptions(form, 0.5, combine))):
+        shared = named(spans, "compute", "shared expert's gradients")
+        for plane in ("push", "dma"):
+            results, rows = (named(spans, plane, f"gradients of {name}") for name in ("results", "rows"))
+            assert named(spans, plane, "results").end < results.start < results.end < rows.start
+        rows = named(spans, "push", "gradients of rows")
+        assert rows.start < shared.start < shared.end < rows.end, "posted before, joined after the shared expert's"
 
 
 def test_helper_thread_starts_late_and_ends() -> None:

@@ -1,4 +1,4 @@
-"""Gradients of wrapped models, for comparing a plan that overlaps with one that does not."""
+"""Gradients of wrapped models, for comparing a plan that overlaps with one that does not, and bytes of reductions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_zoo
 import plain_models
@@ -42,3 +43,18 @@ def gradients(
         found |= {f"{key} {step}": local(p.grad) for key, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
     return found
+
+
+class ReducedBytes(TorchDispatchMode):
+    """Counts what ranks hand to reductions of gradients; losses and votes are smaller than any gradient here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "reduce" in func.__name__:
+            given = args[1] if "scatter" in func.__name__ else args[0]
+            sizes = [each.numel() * each.element_size() for each in (given if isinstance(given, list) else [given])]
+            self.num_bytes += sum(size for size in sizes if size > 64)
+        return func(*args, **(kwargs or {}))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeweave.comm.overlap import in_lane
 from moeweave.kernels_ext.tolerance import assert_close
@@ -21,7 +22,7 @@ from moeweave.parallel.microbatch import refuse_lanes
 from moeweave.parallel.parallelize import parallelize
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.record import record_of
-from overlapped import batch_of, build, gradients
+from overlapped import ReducedBytes, batch_of, build, gradients
 from run_ranks import run_ranks
 
 # Passes of older releases record router logits in one place, so the plan is refused there.
@@ -46,6 +47,20 @@ CASES = [
     pytest.param("packed", dict(dp=2, ep=2), dict(recompute=True, dispatcher="alltoall"), 1, (2,), id="recompute"),
     pytest.param("qwen3_moe", dict(dp=2, ep=2), {}, 1, (2, 5), id="qwen3", marks=LANES),
     pytest.param("deepseek_v3", dict(dp=4, ep=4), dict(dispatcher="alltoall"), 1, (2,), id="deepseek", marks=LANES),
+    pytest.param("qwen3_moe", dict(sp=2, ep=2), dict(dispatcher="onesided"), 1, (2,), id="sp", marks=LANES),
+    pytest.param("qwen3_moe", dict(tp=2, ep=2), dict(tp_sequence=True), 1, (3,), id="tp-sequence", marks=LANES),
+    pytest.param(
+        "mixtral",
+        dict(sp=2, tp=2, ep=4),
+        dict(sequence="ring", tp_sequence=True, recompute=True, dispatcher="alltoall"),
+        1,
+        (2,),
+        id="ring-tp-sequence",
+        marks=[pytest.mark.slow, LANES],
+    ),
+    pytest.param(
+        "deepseek_v3", dict(dp=2, sp=2, ep=4), {}, 1, (2, 2, 4, 4), id="dp-sp", marks=[pytest.mark.slow, LANES]
+    ),
     pytest.param(
         "packed", dict(dp=2, dp_replicate=2, ep=2), dict(codec="int8"), 1, (3, 2), id="hsdp", marks=pytest.mark.slow
     ),
@@ -66,12 +81,42 @@ def test_same_bits_as_one_after_the_other(
         assert not differing, f"rank {rank}"
 
 
-def outputs(name: str, plan: dict[str, Any]) -> dict[str, Tensor]:
+def after_counting(rank: int, run: Callable[[], Any]) -> Any:
+    """What `run` returns, on a thread that has numbered more of autograd's nodes on that rank than on others."""
+    found: list[Any] = []
+
+    def thread() -> None:
+        for _ in range(60 if dist.get_rank() == rank else 0):
+            torch.ones(1, requires_grad=True).neg()
+        found.append(run())
+
+    worker = threading.Thread(target=thread)
+    worker.start()
+    worker.join()
+    return found[0]
+
+
+def unlike_ranks(name: str, sizes: dict[str, int], plan: dict[str, Any], ahead: int) -> dict[str, Tensor]:
+    return after_counting(ahead, lambda: gradients(name, sizes, {**plan, **IN_TURNS}, 1, (2,)))
+
+
+@LANES
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_ranks_that_did_other_work_before(ahead: int) -> None:
+    """All issue the collectives of backward in one order, those of attention's own group too."""
+    pytest.importorskip("transformers")
+    setting = ("mixtral", dict(tp=2, ep=2), dict(dispatcher="alltoall"))
+    alike = run_ranks(2, gradients, *setting, 2, (2,))
+    for found, want in zip(run_ranks(2, unlike_ranks, *setting, ahead), alike, strict=True):
+        assert [key for key in want if not torch.equal(found[key], want[key])] == []
+
+
+def outputs(name: str, sizes: dict[str, int], plan: dict[str, Any]) -> dict[str, Tensor]:
     """A pass without gradients, and generated tokens."""
-    mesh = Mesh(dp=2, ep=2)
+    mesh = Mesh(**sizes)
     model = parallelize(build(name).eval(), mesh, Plan(**plan))
     model.config.output_router_logits = False
-    prompt = torch.randint(3, 60, (4, 6), generator=torch.Generator().manual_seed(mesh.rank))
+    prompt = torch.randint(3, 60, (4, 6), generator=torch.Generator().manual_seed(mesh.data_rank))
     turns = []
     order = [call.run_local for call in record_of(model).calls]
     for call, own in zip(record_of(model).calls, order, strict=True):
@@ -80,15 +125,16 @@ def outputs(name: str, plan: dict[str, Any]) -> dict[str, Tensor]:
         out = model(input_ids=prompt, use_cache=True)
     assert turns == [plan.get("overlap") is not None] * len(turns), "the pass ran in lanes if it was to"
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-    tokens = model.generate(prompt[: 2 + mesh.rank], max_new_tokens=3 + 2 * mesh.rank, **options)
+    tokens = model.generate(prompt[: 2 + mesh.data_rank], max_new_tokens=3 + 2 * mesh.data_rank, **options)
     keys = torch.stack([layer.keys for layer in out.past_key_values.layers])
     return dict(logits=out.logits, keys=keys, tokens=tokens)
 
 
 @LANES
-def test_prefill_and_generate() -> None:
+@pytest.mark.parametrize("sizes", [dict(dp=2, ep=2), dict(sp=2, ep=2)], ids=["dp", "sp"])
+def test_prefill_and_generate(sizes: dict[str, int]) -> None:
     pytest.importorskip("transformers")
-    found, plain = (run_ranks(2, outputs, "mixtral", plan) for plan in (IN_TURNS, {}))
+    found, plain = (run_ranks(2, outputs, "mixtral", sizes, plan) for plan in (IN_TURNS, {}))
     for got, want in zip(found, plain, strict=True):
         assert torch.equal(got["tokens"], want["tokens"])
         for key in ("logits", "keys"):
@@ -143,21 +189,6 @@ def test_equal_within_rounding(
             assert_close(key, found[key], want, getattr(torch, plan.get("dtype", "float32")))
 
 
-class ReducedBytes(TorchDispatchMode):
-    """Counts what ranks hand to reductions of gradients; losses and votes are smaller than any gradient here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and "reduce" in func.__name__:
-            given = args[1] if "scatter" in func.__name__ else args[0]
-            sizes = [each.numel() * each.element_size() for each in (given if isinstance(given, list) else [given])]
-            self.num_bytes += sum(size for size in sizes if size > 64)
-        return func(*args, **(kwargs or {}))
-
-
 def reduced(name: str, sizes: dict[str, int], plan: dict[str, Any]) -> dict[str, Any]:
     with ReducedBytes() as counted:
         found = gradients(name, sizes, plan, 3, (3,), 2)
@@ -199,13 +230,15 @@ def many_steps(overlap: dict[str, Any], microbatches: int) -> tuple[list[float],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overlap, microbatches", [(IN_TURNS, 2), (dict(overlap="three_stream", three_stream_form="gathered"), 1)]
+    "overlap, unscheduled, microbatches",
+    [(IN_TURNS, {}, 2), (dict(overlap="three_stream", three_stream_form="gathered"), dict(dispatcher="allgather"), 1)],
+    ids=["microbatch", "three-stream"],
 )
-def test_200_steps(overlap: dict[str, Any], microbatches: int) -> None:
+def test_200_steps(overlap: dict[str, Any], unscheduled: dict[str, Any], microbatches: int) -> None:
     """Not one bit apart from the same parts one after the other, and no more memory at the end than early on."""
     pytest.importorskip("transformers")
     losses, memory = run_ranks(2, many_steps, overlap, 1, timeout=600)[0]
-    plain, _ = run_ranks(2, many_steps, {}, microbatches, timeout=600)[0]
+    plain, _ = run_ranks(2, many_steps, unscheduled, microbatches, timeout=600)[0]
     assert plain[-1] < 0.7 * plain[0], "it learns"
     assert losses == plain
     assert memory[-1] - memory[0] < 16 << 20, f"memory grows: {memory}"
