@@ -12,7 +12,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    STATE_DICT_TYPE,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
@@ -70,9 +77,9 @@ def _piece(state: Mapping[str, Any], index: MetadataIndex) -> Tensor | None:
 class SavePlanner(dcp.DefaultSavePlanner):
     """torch's own, which writes shards in several pieces piece by piece."""
 
-    # torch looks for the name storage_meta in the signature, and warns where it is missing.
+    # torch looks the arguments up by name, and warns of a planner that does not spell them out.
     def set_up_planner(
-        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+        self, state_dict: STATE_DICT_TYPE, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         self.state_dict = _in_pieces(self.state_dict)
@@ -85,8 +92,10 @@ class SavePlanner(dcp.DefaultSavePlanner):
 class LoadPlanner(dcp.DefaultLoadPlanner):
     """torch's own, which reads shards in several pieces piece by piece."""
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        super().set_up_planner(*args, **kwargs)
+    def set_up_planner(
+        self, state_dict: STATE_DICT_TYPE, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
         self.state_dict = _in_pieces(self.state_dict)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
