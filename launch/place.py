@@ -1,7 +1,7 @@
 """`python -m moeweave.launch.place`: which rank is to hold which experts, from the load that a run has logged.
 
-Reads `load` from the last lines of the run's metrics.jsonl and writes a file for `plan.placement`. A run goes on with it
-from its newest checkpoint, which does not depend on a placement.
+Reads `load` from the last lines of the run's metrics.jsonl and writes a file for `plan.placement`. A run goes on with
+it from its newest checkpoint, which does not depend on a placement.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def shard_experts(block: MoEBlock, mesh: Mesh) -> None:
     if block.kind == "modulelist":
         _drop_remote(block, mesh.expert.get_local_rank("ep"), mesh.sizes.ep)
         return
-    ep, etp = mesh.sizes.ep, mesh.sizes.etp
+    etp = mesh.sizes.etp
     widths = placements_of(block, etp) if etp > 1 else {}
     expert_mesh = mesh.expert["ep", "etp"] if etp > 1 else mesh.expert["ep"]
     for name in block.params:
@@ -144,7 +144,9 @@ class ExpertCall:
         self.shares: TokenShares | None = TokenShares(mesh.dense["tp"]) if mesh.sizes.tp > 1 else None
         self.width = ExpertWidth(mesh.group("etp"), block) if mesh.sizes.etp > 1 else None
         first = mesh.expert.get_local_rank("ep")
-        self.table = block.slots and SlotTable(block.slots, block.num_experts, first, mesh.device)
+        self.table: SlotTable | None = None
+        if block.slots is not None:
+            self.table = SlotTable(block.slots, block.num_experts, first, mesh.device)
         self.group = Communicator(mesh.group("ep") if mesh.sizes.ep > 1 else None).name
         self.route = self._in_chunks if plan.overlap == "microbatch" else self.in_one_piece
         self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)

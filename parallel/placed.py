@@ -1,12 +1,12 @@
 """Experts in the slots that a plan names (`Plan.placement`), and not in the order of their ids.
 
-Rank r of `ep` holds the experts of slots [r n, (r + 1) n). The router, loads, losses, names and everything that is saved
-speak of experts; only the exchange of tokens, and the memory of a rank, speak of slots:
+Rank r of `ep` holds the experts of slots [r n, (r + 1) n). The router, loads, losses, names and everything that is
+saved speak of experts; only the exchange of tokens, and the memory of a rank, speak of slots:
 
     1. parallelize   a rank keeps the experts of its slots
     2. each call     ids of experts become those of slots, after load was counted and capacity applied
-    3. save, load    a rank's rows are cut into the experts that they are (`hf.boxes`), so a checkpoint or folder does not
-                     depend on a placement, and is the place to change it
+    3. save, load    a rank's rows are cut into the experts that they are (`hf.boxes`), so a checkpoint or folder does
+                     not depend on a placement, and is the place to change it
 
 Several slots of one expert (replicas) share out its tokens in turns; they serve, and do not train.
 
@@ -57,13 +57,14 @@ def _whole(value: Any) -> int:
     return value
 
 
-def place_blocks(blocks: list[MoEBlock], placements: Placements | None, sizes: MeshSizes) -> list[MoEBlock]:
-    """`blocks` with the slots of the plan, where it has any.
+def place_blocks(blocks: list[MoEBlock], placement: Any, sizes: MeshSizes) -> list[MoEBlock]:
+    """`blocks` with the slots of `placement`, the plan's.
 
     Raises:
         ValueError: ep of one rank; experts without slots, or in none; slots that ep does not divide; experts whose
             weights are not in packed or stacked tensors.
     """
+    placements = parse_placement(placement)
     if placements is None:
         return blocks
     if sizes.ep == 1:
@@ -94,7 +95,7 @@ def _check_slots(block: MoEBlock, slots: Slots, ep: int) -> None:
         )
     if len(slots) % ep:
         raise ValueError(
-            f"ep ({ep}) must divide the slots of Plan.placement at {block.path} ({len(slots)}). Place for ep={ep} ranks."
+            f"ep ({ep}) must divide the slots of Plan.placement at {block.path} ({len(slots)}). Place for ep={ep}."
         )
 
 

@@ -77,8 +77,8 @@ class Plan:
         grad_sync: with several micro-batches, gradients are reduced over ranks once ("last"), or with every micro-batch
             while the next computes ("each": that many times the bytes, and no unreduced gradients kept).
         placement: which experts lie on which rank of `ep`: a mapping from paths of experts to the expert of each slot,
-            as `mw.place_by_load` makes it, or a JSON file of it. None: in the order of their ids. Checkpoints and folders
-            do not depend on it.
+            as `mw.place_by_load` makes it, or a JSON file of it. None: in the order of their ids. Checkpoints and
+            folders do not depend on it.
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
 
     Raises:

@@ -16,9 +16,8 @@ from test_train import TINY, losses
 
 def lines_of(folder: Path, loads: list[Any]) -> Path:
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n, "load": at}) + "\n" for n, at in enumerate(loads))
-    )
+    lines = [json.dumps({"step": step, "load": load}) for step, load in enumerate(loads)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -26,7 +25,7 @@ def test_the_last_loads_are_summed_and_the_fullest_rank_gets_less(tmp_path, caps
     folder = lines_of(tmp_path / "run", [{"a": [9, 9, 9, 9]}, {"a": [60, 20, 5, 3]}, None, {"a": [30, 10, 5, 7]}])
     assert logged_load(folder, 2) == {"a": [90, 30, 10, 10]}
     assert main([str(folder), "--ep", "2", "--last", "2", "--out", str(tmp_path / "out.json")]) == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == {"a": [0, 2, 1, 3]}
+    assert json.loads((tmp_path / "out.json").read_text()) == {"a": [0, 3, 1, 2]}
     shown = capsys.readouterr().out
     assert "1.714" in shown and "1.429" in shown  # 120 and 100 of 70
     assert main([str(folder), "--ep", "2", "--slots", "6", "--last", "2", "--out", str(tmp_path / "out.json")]) == 0
@@ -48,7 +47,7 @@ def test_a_run_goes_on_with_its_experts_placed_by_its_load(tmp_path):
     done = run("train", *short, "steps=4", "proof=false", "run.dir=plain", cwd=tmp_path)
     assert done.code == 0, done.err
     shutil.copytree(tmp_path / "plain", tmp_path / "placed")
-    done = run("place", "placed", "--ep", "2", "--out", "placement.json", cwd=tmp_path)
+    done = run("moeweave.launch.place", "placed", "--ep", "2", "--out", "placement.json", cwd=tmp_path)
     assert (done.code, done.left) == (0, ()), done.err
     slots = json.loads((tmp_path / "placement.json").read_text())
     assert any(each != sorted(each) for each in slots.values())

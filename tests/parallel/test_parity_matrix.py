@@ -52,7 +52,7 @@ def test_every_pair_of_axes_is_compared() -> None:
     quick = [case for case in cases() if not case.marks]
     assert len(quick) >= 24
     assert pairs() == set(itertools.combinations(AXES, 2))
-    five = {axis: 2 for axis in ("dp", "tp", "pp", "ep", "sp")}
+    five = dict.fromkeys(("dp", "tp", "pp", "ep", "sp"), 2)
     assert any(all(row.get(axis, 1) == size for axis, size in five.items()) for row in ROWS)
     assert any(all(row.get(axis, 1) > 1 for axis in AXES) for row in ROWS)
     assert {name_of(row) for row in ROWS if ranks_of(row) == 8} >= set(EIGHT)
