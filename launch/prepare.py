@@ -16,6 +16,7 @@ from moeweave.parallel.data_deepspeed_config import check_accumulation, check_ze
 from moeweave.parallel.expert import check_codec_width
 from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.hf.build import build_model
+from moeweave.parallel.placed import place_blocks
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.sequence import check_sequence, shares_sequence
@@ -33,8 +34,8 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     if mesh.ep > 1 and not blocks:
         raise ConfigError(f"mesh.ep={mesh.ep}: {type(built).__name__} has no experts to share out. Set mesh.ep=1.")
     sizes = mesh.sizes()
-    for block in blocks:
-        sizes.check_experts(block.num_experts, block.path)
+    for block in place_blocks(blocks, parsed.placement, sizes):
+        sizes.check_experts(block.num_slots, block.path)
         check_codec_width(block, parsed)
         if sizes.etp > 1:
             check_width(block, sizes.etp, sizes.edp)

@@ -8,6 +8,7 @@ Spread a model
     MoELayer            a mixture-of-experts layer: router, experts, shared experts
     register_moe        say, by an MoEAdapter, how a block is cut whose experts `parallelize` does not find; what cannot
                         be wrapped is an UnsupportedModel
+    place_by_load       which rank holds which experts, from measured load: `Plan(placement=...)`
     suggest             meshes that hold a model, each a Suggestion, on the given Hardware
 
 Train it
@@ -40,6 +41,7 @@ from moeweave.parallel.hf.io import from_pretrained, save_pretrained
 from moeweave.parallel.loss import forward_backward, global_tokens
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
+from moeweave.parallel.placement import place_by_load
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.prepare_optimizer import prepare_optimizer
 from moeweave.parallel.recompute import replay_routing
@@ -70,6 +72,7 @@ __all__ = [
     "no_sync",
     "parallelize",
     "param_groups",
+    "place_by_load",
     "prepare_optimizer",
     "register_moe",
     "replay_routing",

@@ -56,6 +56,7 @@ class MoEBlock:
         router_path, shared_paths: names of the router and of shared experts beside it, where there are any.
         correction_bias: (module path, buffer name) of a choice-only router bias, or None.
         adapter: set for a block cut by `register_moe`.
+        slots: the expert in each slot, where a plan places them; None for the order of their ids.
     """
 
     path: str
@@ -68,6 +69,12 @@ class MoEBlock:
     shared_paths: tuple[str, ...] = ()
     correction_bias: tuple[str, str] | None = None
     adapter: MoEAdapter | None = None
+    slots: tuple[int, ...] | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that the ranks hold together, replicas counted."""
+        return self.num_experts if self.slots is None else len(self.slots)
 
 
 _REGISTERED: dict[type[nn.Module], MoEAdapter] = {}

@@ -40,12 +40,14 @@ from moeweave.parallel.checkpoint_files import (
     write_manifest,
 )
 from moeweave.parallel.checkpoint_pieces import LoadPlanner, SavePlanner
+from moeweave.parallel.hf.boxes import Slots, whole_shape
 from moeweave.parallel.hf.conversion import blueprint, computed_buffers, is_hugging_face
 from moeweave.parallel.hf.files import is_weights_folder
 from moeweave.parallel.hf.reader import load_weights
 from moeweave.parallel.materialize import materialize, on_meta
 from moeweave.parallel.names import listed, model_class, named_state, unwrap
 from moeweave.parallel.packing import pack, tensor_names, unpack
+from moeweave.parallel.placed import slots_of_params
 from moeweave.parallel.rng_state import restore_rng, rng_state
 from moeweave.parallel.staging import publish, remove, settle, stage
 
@@ -112,7 +114,7 @@ def save(
         with together():
             state = {f"model/{name}": tensor for name, tensor in named_state(model).items()}
         staged = stage(folder)
-        _write_tensors(staged, state | own)
+        _write_tensors(staged, state | own, _slots_of(model, state | own))
     if optimizer is not None and zero_of(model) is not None:
         described = zero_of(model).describe()
         zero_of(model).save(staged)
@@ -202,8 +204,20 @@ def _read(
         own = {
             name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in tensor_names(mine)
         }
-    _read_tensors(checkpoint.path, tensors | moments | own)
+    _read_tensors(checkpoint.path, tensors | moments | own, _slots_of(model, tensors | moments))
     return mine, own, moments
+
+
+def _slots_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Slots]:
+    """By entry of a checkpoint, the slots of placed experts: of their weights, and of optimizer state of that shape."""
+    placed = slots_of_params(unwrap(model))
+    found = {}
+    for entry, tensor in state.items():
+        name = entry.removeprefix("model/") if entry.startswith("model/") else entry.removeprefix("optimizer/")
+        name = name.rpartition("/")[0] or name
+        if name in placed and tensor.shape[:1] == (len(placed[name]),):
+            found[entry] = placed[name]
+    return found
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -236,11 +250,13 @@ def _check_model(model: nn.Module, entries: dict[str, TensorStorageMetadata], pa
             f"{path} does not fit {kind}: it lacks {len(missing)} of the model's {len(state)} tensors: "
             f"{listed(missing, saved)}. Load it into the model that was saved."
         )
-    other = {name: tensor for name, tensor in state.items() if saved[name].size != tensor.shape}
-    for name, tensor in other.items():
+    placed = slots_of_params(unwrap(model))
+    shapes = {name: whole_shape(tensor, placed.get(name)) for name, tensor in state.items()}
+    other = {name: shape for name, shape in shapes.items() if saved[name].size != shape}
+    for name, shape in other.items():
         raise CheckpointError(
             f"{path} does not fit {kind}: {len(other)} tensors have other shapes, the first {name}: "
-            f"{tuple(saved[name].size)} there, expected {tuple(tensor.shape)}. "
+            f"{tuple(saved[name].size)} there, expected {tuple(shape)}. "
             "Build the model with the sizes that were saved."
         )
     return saved.keys() - state.keys()
@@ -277,17 +293,18 @@ def _gather_manifest(
     }
 
 
-def _write_tensors(staged: Path, state: dict[str, Tensor]) -> None:
+def _write_tensors(staged: Path, state: dict[str, Tensor], slots_of: dict[str, Slots]) -> None:
     # A name that several ranks have whole is written by one, the others' shards by their ranks.
     with _plain_failures(f"the checkpoint could not be written to {staged.parent}"):
         writer = dcp.FileSystemWriter(staged)
-        dcp.save(state, storage_writer=writer, planner=SavePlanner(), no_dist=not dist.is_initialized())
+        dcp.save(state, storage_writer=writer, planner=SavePlanner(slots_of), no_dist=not dist.is_initialized())
 
 
-def _read_tensors(folder: Path, state: dict[str, Tensor]) -> None:
+def _read_tensors(folder: Path, state: dict[str, Tensor], slots_of: dict[str, Slots]) -> None:
     with _plain_failures(f"{folder} could not be read"):
-        reader = Reader(folder)
-        dcp.load(state, storage_reader=reader, planner=LoadPlanner(), no_dist=not dist.is_initialized())
+        reader, planner = Reader(folder), LoadPlanner(slots_of)
+        dcp.load(state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
+        planner.copy_replicas()
 
 
 @contextmanager

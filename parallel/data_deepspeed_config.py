@@ -73,7 +73,7 @@ def check_zero(model: nn.Module, plan: Plan, sizes: MeshSizes) -> None:
     for axis, remedy in remedies.items():
         if getattr(sizes, axis) > 1:
             raise ValueError(f"{axis} ({getattr(sizes, axis)}) must be 1 with Plan(data={plan.data!r}): {remedy}.")
-    for field in ("tp_sequence", "overlap", "grad_sync"):
+    for field in ("tp_sequence", "overlap", "grad_sync", "placement"):
         value, default = getattr(plan, field), getattr(Plan(), field)
         if value != default:
             raise ValueError(

@@ -37,6 +37,7 @@ from moeweave.moe.layer import accumulate, unflatten
 from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.expert_width import ExpertWidth, placements_of, slice_of
 from moeweave.parallel.mesh import Mesh
+from moeweave.parallel.placed import SlotTable
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.span import current_span
 from moeweave.parallel.token_shares import TokenShares
@@ -51,18 +52,18 @@ def shard_experts(block: MoEBlock, mesh: Mesh) -> None:
     Raises:
         ValueError: the number of experts does not divide over `ep`.
     """
-    mesh.sizes.check_experts(block.num_experts, block.path or type(block.experts).__name__)
+    mesh.sizes.check_experts(block.num_slots, block.path or type(block.experts).__name__)
     if mesh.sizes.ep == 1 and mesh.sizes.etp == 1:
         return
     if block.kind == "modulelist":
         _drop_remote(block, mesh.expert.get_local_rank("ep"), mesh.sizes.ep)
         return
-    ep, etp = mesh.sizes.ep, mesh.sizes.etp
+    etp = mesh.sizes.etp
     widths = placements_of(block, etp) if etp > 1 else {}
     expert_mesh = mesh.expert["ep", "etp"] if etp > 1 else mesh.expert["ep"]
     for name in block.params:
         param = block.experts.get_parameter(name)
-        local = param.detach().chunk(ep)[mesh.expert.get_local_rank("ep")]
+        local = _own_experts(param.detach(), block, mesh)
         if etp > 1:
             local = slice_of(local, widths[name], mesh.expert.get_local_rank("etp"), etp)
         sharded = DTensor.from_local(
@@ -71,10 +72,19 @@ def shard_experts(block: MoEBlock, mesh: Mesh) -> None:
             expert_mesh,
             [Shard(0), widths[name]] if etp > 1 else [Shard(0)],
             run_check=False,
-            shape=param.shape,
+            shape=torch.Size((block.num_slots, *param.shape[1:])),
             stride=param.stride(),
         )
         block.experts.register_parameter(name, nn.Parameter(sharded, requires_grad=param.requires_grad))
+
+
+def _own_experts(param: Tensor, block: MoEBlock, mesh: Mesh) -> Tensor:
+    """The rows of this rank's experts: a block of them, or those of its slots."""
+    at = mesh.expert.get_local_rank("ep")
+    if block.slots is None:
+        return param.chunk(mesh.sizes.ep)[at]
+    count = block.num_slots // mesh.sizes.ep
+    return param[list(block.slots[at * count : (at + 1) * count])]
 
 
 def _drop_remote(block: MoEBlock, ep_rank: int, ep_size: int) -> None:
@@ -117,13 +127,14 @@ class ExpertCall:
         width: the ranks that share each expert's width; None without etp.
         route: (x_TD, ids_TK, weights_TK) -> y_TD: dispatch, experts and combine, as the plan schedules them.
         masked: while True this rank's tokens are routed nowhere; it only serves the other ranks' rows.
+        table: from experts to the slots in which a plan has placed them, or None.
     """
 
     def __init__(self, block: MoEBlock, dispatcher: TokenDispatcher, plan: Plan, mesh: Mesh) -> None:
         self.block = block
         self.dispatcher = dispatcher
         self.plan = plan
-        self.num_local = block.num_experts // mesh.sizes.ep
+        self.num_local = block.num_slots // mesh.sizes.ep
         self.first_local = mesh.expert.get_local_rank("ep") * self.num_local
         self.own_forward = type(block.experts).forward
         self.weights_first = _weights_first(self.own_forward)
@@ -132,6 +143,10 @@ class ExpertCall:
         self.masked = False
         self.shares: TokenShares | None = TokenShares(mesh.dense["tp"]) if mesh.sizes.tp > 1 else None
         self.width = ExpertWidth(mesh.group("etp"), block) if mesh.sizes.etp > 1 else None
+        first = mesh.expert.get_local_rank("ep")
+        self.table: SlotTable | None = None
+        if block.slots is not None:
+            self.table = SlotTable(block.slots, block.num_experts, first, mesh.device)
         self.group = Communicator(mesh.group("ep") if mesh.sizes.ep > 1 else None).name
         self.route = self._in_chunks if plan.overlap == "microbatch" else self.in_one_piece
         self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)
@@ -203,7 +218,16 @@ class ExpertCall:
             per_expert = math.ceil(self.plan.capacity * ids_TK.numel() / num_experts)
             ids_TK, weights_TK, _ = apply_capacity(ids_TK, weights_TK, per_expert, by=self.plan.drop)
             accumulate(self.kept_E, load(ids_TK, num_experts))
-        return ids_TK, weights_TK
+        return (ids_TK if self.table is None else self._in_slots(ids_TK)), weights_TK
+
+    def _in_slots(self, ids_TK: Tensor) -> Tensor:
+        assert self.table is not None
+        if self.table.has_replicas and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.block.path} has several slots for an expert (Plan.placement), whose gradients are not summed. "
+                "Run it under torch.no_grad(), or train with as many slots as experts."
+            )
+        return self.table(ids_TK)
 
     def _local(self, name: str) -> Tensor:
         """This rank's slice of a parameter, in the compute dtype, low-rank deltas added."""
@@ -321,7 +345,7 @@ def install_expert_call(
     dispatcher = make_dispatcher(
         plan.dispatcher,
         group,
-        block.num_experts,
+        block.num_slots,
         top_k=top_k,
         topology=plan.topology,
         combine=plan.combine,

@@ -1,8 +1,8 @@
 """`generate` over ranks whose sequences end at different times.
 
 Every forward of the model is a step that all ranks take together (they serve each other's experts and shards). A rank
-that is done keeps taking part: it runs a forward of one token that is routed nowhere, so that it sends no row and
-computes only what the others send it, until all ranks are done.
+that is done keeps taking part: it runs a forward of one token (a micro-batch, under pp) that is routed nowhere, so
+that it sends no row and computes only what the others send it, until all ranks are done.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _any_active(active: bool, record: Record) -> bool | None:
 
 @torch.no_grad()
 def _serve_until_all_done(model: nn.Module, record: Record) -> None:
-    token = torch.zeros(1, 1, dtype=torch.int64, device=record.mesh.device)
+    # A row for each micro-batch that ranks still generating may cut their rows into.
+    token = torch.zeros(record.mesh.sizes.pp, 1, dtype=torch.int64, device=record.mesh.device)
     for call in record.calls:
         call.masked = True
     try:

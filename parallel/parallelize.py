@@ -22,6 +22,7 @@ from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.microbatch import refuse_lanes
 from moeweave.parallel.pipeline import Pipeline
+from moeweave.parallel.placed import place_blocks
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.prefill import install_prefill
 from moeweave.parallel.recompute import apply_recompute
@@ -73,6 +74,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     cut = _cut(model, blocks, mesh, plan, layout) if mesh.sizes.pp > 1 else None
     if cut is not None:
         blocks = find_moe_blocks(model)
+    blocks = place_blocks(blocks, plan.placement, mesh.sizes)
     if not any(param.is_meta for param in model.parameters()):
         model.to(mesh.device)
 
@@ -108,11 +110,12 @@ def _find_and_check(model: nn.Module, mesh: Mesh, plan: Plan) -> list[MoEBlock]:
     """The model's MoE blocks, once all has been refused that mesh or plan cannot do with it."""
     _refuse_wrapped(model)
     _refuse_with_zero(model, mesh, plan)
+    _refuse_placed(model, plan)
     blocks = find_moe_blocks(model)
     if mesh.sizes.ep > 1 and not blocks:
         raise ValueError(f"ep ({mesh.sizes.ep}) needs experts, and {type(model).__name__} has none. Set ep=1.")
-    for block in blocks:
-        mesh.sizes.check_experts(block.num_experts, block.path)
+    for block in place_blocks(blocks, plan.placement, mesh.sizes):
+        mesh.sizes.check_experts(block.num_slots, block.path)
         check_codec_width(block, plan)
     _refuse_with_tp(model, blocks, mesh, plan)
     _refuse_with_etp(model, blocks, mesh)
@@ -201,6 +204,13 @@ def _refuse_with_zero(model: nn.Module, mesh: Mesh, plan: Plan) -> None:
         raise ValueError(f"Plan.data ({plan.data!r}) takes no adapters ({type(model).__name__}). Use data='fsdp2'.")
 
 
+def _refuse_placed(model: nn.Module, plan: Plan) -> None:
+    if plan.placement is not None and base_model(model) is not model:
+        raise ValueError(
+            f"Plan.placement takes no adapters ({type(model).__name__}): they are cut by experts. Set placement=None."
+        )
+
+
 def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> None:
     etp = mesh.sizes.etp
     if etp == 1:
@@ -222,7 +232,7 @@ def _wrap_blocks(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Pla
     if plan.overlap == "three_stream" and blocks:
         planes = PlanesOfModel(mesh)
         for block, call in zip(blocks, calls, strict=True):
-            install_three_stream(model, block, call, planes.schedule(block.num_experts, top_k_of(model), plan))
+            install_three_stream(model, block, call, planes.schedule(block.num_slots, top_k_of(model), plan))
     return calls
 
 

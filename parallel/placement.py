@@ -16,6 +16,7 @@ Legend: L layers, E experts, S slots, C slots of an expert at most.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,36 @@ def place_experts(
     groups = num_groups if nodes > 1 else 1
     rows = [_place_layer(load_E, num_ranks, num_slots, groups, nodes) for load_E in load_LE.double().cpu()]
     return invert(torch.tensor(rows, dtype=torch.int64).view(num_layers, num_slots), num_experts)
+
+
+def place_by_load(
+    load: Mapping[str, Tensor | Sequence[float]],
+    num_ranks: int,
+    num_slots: int | None = None,
+    *,
+    num_groups: int = 1,
+    num_nodes: int = 1,
+) -> dict[str, list[int]]:
+    """`place_experts` for `Plan(placement=...)`: the expert of each slot, by path of the experts.
+
+    Args:
+        load: routes of each expert of the global batch, by path: `mw.expert_load` summed over ranks, or the `load` of
+            lines of metrics.jsonl.
+        num_ranks: ep of the mesh that is to run.
+        num_slots, num_groups, num_nodes: as in `place_experts`.
+
+    Raises:
+        ValueError: as `place_experts`, of the layer that it names.
+    """
+    placed = {}
+    for path, counts in load.items():
+        load_1E = torch.as_tensor(counts).unsqueeze(0)
+        try:
+            found = place_experts(load_1E, num_ranks, num_slots, num_groups=num_groups, num_nodes=num_nodes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        placed[path] = found.expert_of_slot[0].tolist()
+    return placed
 
 
 def invert(expert_of_slot_LS: Tensor, num_experts: int) -> Placement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from moeweave.comm.dispatchers.ascend_limits import AscendOptions, check_codec
 from moeweave.comm.dispatchers.select import validate_choice
 from moeweave.comm.three_stream_options import FORMS, ThreeStreamOptions
 from moeweave.parallel.keywords import names_nearest, unknown_keyword
+from moeweave.parallel.placed import parse_placement
 from moeweave.parallel.schedules import SCHEDULES
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -75,6 +76,9 @@ class Plan:
             gradients: its sizes are fixed then, and a CUDA graph can capture it. None: agreed in each pass.
         grad_sync: with several micro-batches, gradients are reduced over ranks once ("last"), or with every micro-batch
             while the next computes ("each": that many times the bytes, and no unreduced gradients kept).
+        placement: which experts lie on which rank of `ep`: a mapping from paths of experts to the expert of each slot,
+            as `mw.place_by_load` makes it, or a JSON file of it. None: in the order of their ids. Checkpoints and
+            folders do not depend on it.
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
 
     Raises:
@@ -104,6 +108,7 @@ class Plan:
     max_tokens: int | None = None
     grad_sync: str = "last"
     ds_config: str | Path | Mapping[str, Any] | None = None
+    placement: str | Path | Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -130,6 +135,7 @@ class Plan:
         validate_choice(self.dispatcher, self.combine)
         object.__setattr__(self, "codec", Codec.parse(self.codec))
         object.__setattr__(self, "ascend", AscendOptions.parse(self.ascend))
+        object.__setattr__(self, "placement", parse_placement(self.placement))
         if self.dispatcher == "ascend":
             check_codec(Codec.parse(self.codec))
 

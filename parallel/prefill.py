@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeweave.comm.overlap import in_lane
+from moeweave.parallel.hf.attention import CACHES, cache_of
 from moeweave.parallel.microbatch import agree_on_lanes, in_lanes, kept_gathered
 from moeweave.parallel.record import Record
 from moeweave.parallel.span import current_span
@@ -32,29 +33,30 @@ def install_prefill(model: nn.Module, record: Record) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or in_lane() or torch.compiler.is_compiling() or current_span() is not None:
             return own(*args, **kwargs)
-        given = names.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
+        given = dict(names.bind_partial(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
         lanes = agree_on_lanes(_rows(given, model), 1, record)
         if lanes == 1:
             return own(*args, **kwargs)
         parts = _split(given, lanes)
         with kept_gathered(model):
             outputs = in_lanes(model, [functools.partial(own, **part) for part in parts], record)
-        return _join(outputs, given.get("past_key_values"))
+        return _join(outputs, cache_of(given))
 
     vars(model)["forward"] = forward
 
 
 def _rows(given: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """The tensors that are cut by rows; nothing where the pass must run in one piece."""
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and _has_rows(name, value)}
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and has_rows(name, value)}
     asked = given.get("output_router_logits")
     balanced = getattr(getattr(model, "config", None), "output_router_logits", False) if asked is None else asked
-    whole = given.get("labels") is not None or balanced or not _is_empty(given.get("past_key_values"))
+    whole = given.get("labels") is not None or balanced or not _is_empty(cache_of(given))
     return {} if whole or len({value.shape[0] for value in tensors.values()}) != 1 else tensors
 
 
-def _has_rows(name: str, value: Tensor) -> bool:
+def has_rows(name: str, value: Tensor) -> bool:
+    """Whether an argument of a forward is cut by rows of the batch."""
     return value.dim() > 1 and name not in WHOLE and not (name == "position_ids" and value.shape[0] == 1)
 
 
@@ -69,9 +71,9 @@ def _is_empty(cache: Any) -> bool:
 def _split(given: dict[str, Any], lanes: int) -> list[dict[str, Any]]:
     pieces: dict[str, Any] = {}
     for name, value in given.items():
-        if isinstance(value, Tensor) and _has_rows(name, value):
+        if isinstance(value, Tensor) and has_rows(name, value):
             pieces[name] = value.tensor_split(lanes)
-        elif name == "past_key_values" and value is not None:
+        elif name in CACHES and value is not None:
             pieces[name] = [copy.deepcopy(value) for _ in range(lanes)]
         else:
             pieces[name] = [value] * lanes

@@ -1,13 +1,15 @@
 """A forward without gradients of a model cut into pipeline stages, for `generate`.
 
-Every rank of a pipeline runs the same loop of transformers over the same tokens. Each forward goes through the stages
-in turn: a stage receives hidden states, runs its layers, sends on; the last one tells all ranks the logits. A rank
-without a layer still keeps its length in the cache, which positions and masks are made of.
+Every rank of a pipeline runs the same loop of transformers over the same tokens. The rows of a forward are cut into
+micro-batches (`row_parts.py`), which follow each other through the stages: a stage receives hidden states, runs its
+layers, sends on, and takes the next micro-batch while the next stage has this one; the last one tells all ranks the
+logits. A rank without a layer still keeps its length in the cache, which positions and masks are made of.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeweave.parallel.data import shard_again
+from moeweave.parallel.hf.attention import cache_of
+from moeweave.parallel.row_parts import agree_on_parts, join_caches, split_rows
 
 if TYPE_CHECKING:
     from moeweave.parallel.pipeline import Pipeline
@@ -54,25 +58,59 @@ def keeps_cache(pipeline: Pipeline) -> bool:
 
 
 def _through_stages(pipeline: Pipeline, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layout, border = pipeline.layout, pipeline.cut.border
-    rank = pipeline.record.mesh.dense.get_local_rank("pp")
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    if ids is None:
+    """One forward through all stages: 1. its rows in parts, 2. each part on, stage by stage, 3. everyone's logits."""
+    given = _arguments(own, args, kwargs)
+    if given.get("input_ids") is None:
         raise ValueError("generate under pp needs input_ids: hidden states are received in their shape.")
     if pipeline.takes_router_logits:
-        kwargs["output_router_logits"] = False
-    output: Any = None
-    sent: Tensor | None = None
-    for stage in layout.stages_of(rank):
-        border.received = _receive(pipeline, stage, ids, sent)
-        with pipeline.cut.viewing(stage):
-            output = own(*args, **kwargs)
-        sent, border.received, border.sent = border.sent, None, None
-        if stage < layout.num_stages - 1 and layout.rank_of(stage + 1) != rank:
-            assert sent is not None
-            dist.send(sent.contiguous(), group=_group(pipeline), group_dst=layout.rank_of(stage + 1))
-    output.logits = _everyones_logits(pipeline, output.logits)
+        given["output_router_logits"] = False
+    parts = split_rows(given, agree_on_parts(given, pipeline.layout.pp, pipeline.record.mesh))
+    outputs: list[Any] = [None] * len(parts)
+    hidden: list[Tensor | None] = [None] * len(parts)
+    sending: list[tuple[dist.Work | None, Tensor]] = []
+    for stage in pipeline.layout.stages_of(pipeline.record.mesh.dense.get_local_rank("pp")):
+        for index, part in enumerate(parts):
+            received = _receive(pipeline, stage, part["input_ids"], hidden[index])
+            outputs[index], hidden[index] = _run_stage(pipeline, stage, own, part, received)
+            # Not waited for: the next part is computed while the next stage has this one.
+            sending += _send(pipeline, stage, hidden[index])
+    for work, _ in sending:
+        if work is not None:
+            work.wait()
+    output = outputs[0]
+    output.logits = _everyones_logits(pipeline, torch.cat([each.logits for each in outputs]))
+    if len(parts) > 1 and (cache := join_caches(cache_of(given), parts)) is not None:
+        setattr(output, "cache" if getattr(output, "cache", None) is not None else "past_key_values", cache)
     return output
+
+
+def _arguments(own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    given = dict(inspect.signature(own).bind_partial(*args, **kwargs).arguments)
+    further: dict[str, Any] = given.pop("kwargs", {})
+    return given | further
+
+
+def _run_stage(
+    pipeline: Pipeline, stage: int, own: Any, given: dict[str, Any], received: Tensor | None
+) -> tuple[Any, Tensor | None]:
+    """(output of the model's forward, hidden states for the next stage) of one part."""
+    border = pipeline.cut.border
+    border.received = received
+    with pipeline.cut.viewing(stage):
+        output = own(**given)
+    sent, border.received, border.sent = border.sent, None, None
+    return output, sent
+
+
+def _send(pipeline: Pipeline, stage: int, hidden: Tensor | None) -> list[tuple[dist.Work | None, Tensor]]:
+    """Begin to send to the next stage's rank, if that is another; the memory is to be kept until it is done."""
+    layout = pipeline.layout
+    own = pipeline.record.mesh.dense.get_local_rank("pp")
+    if stage == layout.num_stages - 1 or layout.rank_of(stage + 1) == own:
+        return []
+    assert hidden is not None
+    hidden = hidden.contiguous()
+    return [(dist.isend(hidden, group=_group(pipeline), group_dst=layout.rank_of(stage + 1)), hidden)]
 
 
 def _receive(pipeline: Pipeline, stage: int, ids: Tensor, own: Tensor | None) -> Tensor | None:

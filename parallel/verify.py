@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from moeweave.kernels_ext.tolerance import TOLERANCE, relative_error
 from moeweave.parallel.aux_loss import balances
 from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
-from moeweave.parallel.hf.boxes import whole_tensor
+from moeweave.parallel.hf.boxes import Slots, whole_tensor
 from moeweave.parallel.loss import IGNORED_LABEL, forward_backward, loss_of, split
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.names import named_params
 from moeweave.parallel.parallelize import parallelize
+from moeweave.parallel.placed import slots_of_params
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.prepare_optimizer import prepare_optimizer
 from moeweave.parallel.record import record_of
@@ -126,8 +127,9 @@ def gradient_parity(
 def _gradient_errors(wrapped: nn.Module, wanted: dict[str, Tensor | None]) -> dict[str, float]:
     """Relative error of every gradient by name, the same on every rank; infinite for one that no rank has."""
     local: dict[str, float] = {}
+    placed = slots_of_params(wrapped)
     for name, param in named_params(wrapped).items():
-        got = _whole_gradient(wrapped, param)
+        got = _whole_gradient(wrapped, param, placed.get(name))
         if got is not None or wanted[name] is not None:
             local[name] = _error(got, wanted[name])
     errors = _agree(local)
@@ -135,13 +137,13 @@ def _gradient_errors(wrapped: nn.Module, wanted: dict[str, Tensor | None]) -> di
     return errors | dict.fromkeys(missing, float("inf"))
 
 
-def _whole_gradient(model: nn.Module, param: nn.Parameter) -> Tensor | None:
+def _whole_gradient(model: nn.Module, param: nn.Parameter, slots: Slots | None) -> Tensor | None:
     """The gradient of the whole parameter, from whichever engine has it. A collective."""
     zero = record_of(model).zero
     if zero is not None:
         grad: Tensor | None = zero.gradient(param)
         return grad
-    return None if param.grad is None else whole_tensor(param.grad)
+    return None if param.grad is None else whole_tensor(param.grad, slots)
 
 
 def _reference_step(model: nn.Module, batches: list[Batch], count: int, mesh: Mesh) -> Tensor:

@@ -124,8 +124,11 @@ def masks_by_block(configs: list[Any]) -> Iterator[None]:
             config._attn_implementation_internal = kind
 
 
+CACHES = ("cache", "past_key_values")  # names of the key-value cache; transformers renamed it
+
+
 def cache_of(holder: Any) -> Any:
-    """The key-value cache among a model's arguments or outputs; transformers renamed it."""
+    """The key-value cache among a model's arguments or outputs."""
     get = holder.get if isinstance(holder, dict) else lambda name: getattr(holder, name, None)
     found = get("cache")
     return found if found is not None else get("past_key_values")

@@ -1,6 +1,7 @@
 """Which part of a whole tensor a rank holds: boxes, half-open intervals [start, stop) per dim.
 
-A plain tensor is held whole: one box. A DTensor shard is one box too, unless strided placements scatter it.
+A plain tensor is held whole: one box. A DTensor shard is one box too, unless strided placements scatter it, or unless
+its rows are slots that hold the experts in an order of their own (`Slots`): then each row is the box of its expert.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from moeweave.comm.communicator import Communicator
 
 Box = tuple[tuple[int, int], ...]
+Slots = tuple[int, ...]  # the expert in each row of a tensor, where a plan has placed them
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -46,11 +48,37 @@ def shift(box: Box, origin: Box) -> Box:
     return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, origin, strict=True))
 
 
-def local_pieces(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
-    """The boxes of the whole tensor that this rank holds, each with the view of local memory that stores it.
+def whole_shape(tensor: torch.Tensor, slots: Slots | None = None) -> torch.Size:
+    """Shape of the whole tensor, with a row an expert."""
+    return tensor.shape if slots is None else torch.Size((len(set(slots)), *tensor.shape[1:]))
+
+
+def by_expert(pieces: list[tuple[Box, torch.Tensor]], slots: Slots | None) -> list[tuple[Box, torch.Tensor]]:
+    """Pieces by slots -> pieces by experts: each row a piece of its own, at the place of its expert."""
+    if slots is None:
+        return pieces
+    return [
+        (((slots[at], slots[at] + 1), *box[1:]), view[row : row + 1])
+        for box, view in pieces
+        for row, at in enumerate(range(*box[0]))
+    ]
+
+
+def rows_by_expert(tensor: torch.Tensor, slots: Slots | None) -> torch.Tensor:
+    """A whole tensor with a row a slot -> with a row an expert."""
+    if slots is None:
+        return tensor
+    return tensor[torch.tensor([slots.index(expert) for expert in range(len(set(slots)))], device=tensor.device)]
+
+
+def local_pieces(tensor: torch.Tensor, slots: Slots | None = None) -> list[tuple[Box, torch.Tensor]]:
+    """The boxes of the whole tensor that this rank holds, each with the view of local memory that stores it. With
+    several slots of an expert, a box may come more than once.
 
     Raises RuntimeError when the local tensor has another shape than its placements say.
     """
+    if slots is not None:
+        return by_expert(local_pieces(tensor), slots)
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return [(whole(tensor.shape), tensor)]
@@ -65,12 +93,12 @@ def local_pieces(tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
     return [(box, local[at]) for box, at in _boxes_of(runs) if local[at].numel()]
 
 
-def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def whole_tensor(tensor: torch.Tensor, slots: Slots | None = None) -> torch.Tensor:
     """All of a tensor, on every rank of its mesh. A collective of these ranks."""
     tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return gather_axes(tensor)[1] if in_pieces(tensor) else tensor.full_tensor()
+    if isinstance(tensor, DTensor):
+        tensor = gather_axes(tensor)[1] if in_pieces(tensor) else tensor.full_tensor()
+    return rows_by_expert(tensor, slots)
 
 
 def in_pieces(tensor: DTensor) -> bool:

@@ -31,6 +31,7 @@ from moeweave.parallel.hf.writer import describe, plan_layout, write_index, writ
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.names import copied_names, model_class, named_params, named_state, tied_groups, unwrap
 from moeweave.parallel.parallelize import parallelize
+from moeweave.parallel.placed import slots_of_params
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.staging import publish, settle, stage
 
@@ -125,7 +126,7 @@ def _save(model: Any, folder: Path, max_shard_size: int | str) -> Path:
     def to_disk(lazy: dict[str, LazyTensor]) -> Mapping[str, LazyTensor]:
         return lazy if twin is None else plan_writing(twin, lazy)
 
-    export = describe(state, to_disk)
+    export = describe(state, to_disk, slots_of_params(model))
     layout = plan_layout(export, max_bytes)
     write_share(staged, export, layout)
     with together():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moeweave.parallel.agreement import CheckpointError, everyones, rank, together
-from moeweave.parallel.hf.boxes import local_pieces
+from moeweave.parallel.hf.boxes import local_pieces, whole_shape
 from moeweave.parallel.hf.conversion import (
     Reading,
     blueprint,
@@ -25,6 +25,7 @@ from moeweave.parallel.hf.files import WeightsFolder
 from moeweave.parallel.hf.peft_files import has_adapters
 from moeweave.parallel.materialize import materialize, on_meta
 from moeweave.parallel.names import copied_names, listed, model_class, named_state, tied_groups, unwrap
+from moeweave.parallel.placed import slots_of_params
 
 logger = logging.getLogger("moeweave")
 
@@ -56,12 +57,12 @@ def load_weights(path: Path, model: nn.Module, device: torch.device | str) -> No
             materialize(model, device, {} if twin is None else computed_buffers(twin))
     _warn_unexpected(model, folder, reading, twin)
     with together(), torch.no_grad():
-        state = named_state(model)
+        state, placed = named_state(model), slots_of_params(model)
         for names in tied_groups(model):
             _check_tied(folder, reading, state, [name for name in names if name in reading.values])
         for name, tensor in state.items():
             if name in reading.values:
-                for box, view in local_pieces(tensor):
+                for box, view in local_pieces(tensor, placed.get(name)):
                     reading.values[name].fill(view, box)
     if twin is not None:
         model._weight_conversions = reading.conversions  # type: ignore[assignment]
@@ -73,7 +74,7 @@ def _by_name(folder: WeightsFolder) -> Reading:
 
 
 def _check_fit(model: nn.Module, folder: WeightsFolder, reading: Reading, may_miss: Callable[[str], bool]) -> None:
-    state = named_state(model)
+    state, placed = named_state(model), slots_of_params(model)
     there = {name for names in tied_groups(model) if any(name in reading.values for name in names) for name in names}
     missing = [name for name in state if name not in reading.values and name not in there and not may_miss(name)]
     if missing:
@@ -83,14 +84,14 @@ def _check_fit(model: nn.Module, folder: WeightsFolder, reading: Reading, may_mi
             "Build the model from this folder's own config.json, or name the folder of this model."
         )
     for name, tensor in state.items():
-        value = reading.values.get(name)
-        if value is not None and value.shape != tensor.shape:
+        value, shape = reading.values.get(name), whole_shape(tensor, placed.get(name))
+        if value is not None and value.shape != shape:
             keys = reading.keys[name]
             where = f"{folder.path / folder.file_of[keys[0]]}: {keys[0]!r}"
             if len(keys) > 1:
                 where += f" and {len(keys) - 1} more keys up to {keys[-1]!r} make"
             raise CheckpointError(
-                f"{where} {name} of shape {tuple(value.shape)}, expected {tuple(tensor.shape)}."
+                f"{where} {name} of shape {tuple(value.shape)}, expected {tuple(shape)}."
                 f"{oddity(keys, folder.sources)} The folder is of another {model_class(model).__name__}, or damaged: "
                 "build the model from its config.json."
             )

@@ -26,7 +26,9 @@ from torch.distributed.tensor.placement_types import Placement
 from moeweave.parallel.agreement import CheckpointError, agree, everyones, rank
 from moeweave.parallel.hf.boxes import (
     Box,
+    Slots,
     box_slices,
+    by_expert,
     contains,
     gather_axes,
     in_pieces,
@@ -34,6 +36,8 @@ from moeweave.parallel.hf.boxes import (
     placed_boxes,
     shift,
     whole,
+    whole_shape,
+    whole_tensor,
 )
 from moeweave.parallel.hf.files import INDEX, WEIGHTS
 from moeweave.parallel.hf.lazy import LazySource, LazyTensor
@@ -51,6 +55,7 @@ class Export:
         stock: where the keys on disk read the gathered parameters from.
         disk: the keys on disk.
         needs: the names that each key is made of.
+        slots_of: by name, the slots of experts that a plan has placed.
     """
 
     state: Mapping[str, Tensor]
@@ -58,6 +63,7 @@ class Export:
     stock: Stock
     disk: Mapping[str, LazyTensor]
     needs: Mapping[str, frozenset[str]]
+    slots_of: Mapping[str, Slots]
 
 
 @dataclass(frozen=True)
@@ -91,13 +97,19 @@ class Stock(dict[str, list[tuple[Box, Tensor]]]):
 
 
 def describe(
-    state: Mapping[str, Tensor], to_disk: Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]]
+    state: Mapping[str, Tensor],
+    to_disk: Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]],
+    slots_of: Mapping[str, Slots],
 ) -> Export:
     """`to_disk` turns lazy parameters into the keys on disk. A collective."""
-    specs = _everyones_specs(state)
+    specs = _everyones_specs(state, slots_of)
     stock = Stock()
     disk = to_disk({name: stock.source(name, sizes, dtype) for name, (sizes, dtype) in specs.items()})
-    return Export(state, specs, stock, disk, {key: frozenset(_leaf_names(value)) for key, value in disk.items()})
+    return Export(state, specs, stock, disk, _needs(disk), slots_of)
+
+
+def _needs(disk: Mapping[str, LazyTensor]) -> dict[str, frozenset[str]]:
+    return {key: frozenset(_leaf_names(value)) for key, value in disk.items()}
 
 
 def plan_layout(export: Export, max_bytes: int) -> Layout:
@@ -105,7 +117,7 @@ def plan_layout(export: Export, max_bytes: int) -> Layout:
     disk, needs = export.disk, export.needs
     order = {name: at for at, name in enumerate(export.specs)}
     keys = sorted(disk, key=lambda key: (max(order[name] for name in needs[key]), key))
-    held = {name: held_boxes(tensor) for name, tensor in export.state.items()}
+    held = {name: held_boxes(tensor, export.slots_of.get(name)) for name, tensor in export.state.items()}
     holders = everyones(bytes(_can_write(disk[key], held) for key in keys))
     havers = everyones(bytes(needs[key] <= export.state.keys() for key in keys))
     load = [0] * len(holders)
@@ -131,7 +143,9 @@ def write_share(staged: Path, export: Export, layout: Layout) -> None:
     error: Exception | None = None
     for name in export.specs:
         # Every rank of the parameter's mesh joins the gather, whoever writes, and after an error as well.
-        pieces = gathered(export.state[name], name in layout.gather_all) if name in export.state else []
+        pieces: list[tuple[Box, Tensor]] = []
+        if name in export.state:
+            pieces = gathered(export.state[name], name in layout.gather_all, export.slots_of.get(name))
         try:
             if error is None:
                 writing.take(name, pieces)
@@ -173,28 +187,28 @@ class _Writing:
         save_file(self.full.pop(file), str(self.staged / file), metadata={"format": "pt"})
 
 
-def held_boxes(tensor: Tensor) -> list[Box]:
+def held_boxes(tensor: Tensor, slots: Slots | None = None) -> list[Box]:
     """What this rank holds after `gathered(tensor, all_axes=False)`; known without communication."""
     kept = _ep_axes(tensor)
     if not kept:
         return [whole(tensor.shape)]
     assert isinstance(tensor, DTensor)
-    return placed_boxes(tensor.shape, tensor.device_mesh, _gathered_placements(tensor, kept))
+    boxes = placed_boxes(tensor.shape, tensor.device_mesh, _gathered_placements(tensor, kept))
+    # Only the boxes matter here: any tensor stands for the memory.
+    return [box for box, _ in by_expert([(box, torch.empty(0)) for box in boxes], slots)]
 
 
-def gathered(tensor: Tensor, all_axes: bool) -> list[tuple[Box, Tensor]]:
+def gathered(tensor: Tensor, all_axes: bool, slots: Slots | None = None) -> list[tuple[Box, Tensor]]:
     """What this rank holds of a parameter once its shards over all axes but `ep` are gathered, or over all axes.
     A collective of the ranks of its mesh."""
     tensor = tensor.detach()
     kept = _ep_axes(tensor)
-    if isinstance(tensor, DTensor) and in_pieces(tensor):
-        return [gather_axes(tensor, () if all_axes else kept)]
-    if isinstance(tensor, DTensor):
-        if kept:
-            tensor = tensor.redistribute(placements=_gathered_placements(tensor, kept))
-        if all_axes or not kept:
-            tensor = tensor.full_tensor()
-    return local_pieces(tensor)
+    if all_axes or not kept:
+        return local_pieces(whole_tensor(tensor, slots))
+    assert isinstance(tensor, DTensor)
+    if in_pieces(tensor):
+        return by_expert([gather_axes(tensor, kept)], slots)
+    return local_pieces(tensor.redistribute(placements=_gathered_placements(tensor, kept)), slots)
 
 
 def _gathered_placements(tensor: DTensor, kept: list[int]) -> list[Placement]:
@@ -219,8 +233,10 @@ def _ep_axes(tensor: Tensor) -> list[int]:
     return [axis for axis, name in enumerate(names) if name == "ep" and tensor.placements[axis].is_shard(0)]
 
 
-def _everyones_specs(state: Mapping[str, Tensor]) -> Specs:
-    specs: Specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+def _everyones_specs(state: Mapping[str, Tensor], slots_of: Mapping[str, Slots]) -> Specs:
+    specs: Specs = {
+        name: (tuple(whole_shape(tensor, slots_of.get(name))), tensor.dtype) for name, tensor in state.items()
+    }
     digest = hashlib.sha256(repr(sorted(specs.items(), key=lambda item: item[0])).encode()).hexdigest()
     if len(set(everyones(digest))) > 1:  # experts in ModuleLists: each rank has names of its own
         for other in everyones(specs):

@@ -26,7 +26,7 @@ from run_ranks import RankError, run_ranks
 
 MODELS = ("mixtral", "qwen3_moe", "deepseek_v3")
 GRADIENT, NORM = 1e-5, 1e-6  # what errors must not exceed
-PLAN_FIELDS = ("schedule", "data", "dispatcher", "recompute")
+PLAN_FIELDS = ("schedule", "sequence", "tp_sequence", "data", "dispatcher", "recompute")
 # Sizes of the mesh, and what the plan says besides, as `name: size` and `field: value` of one mapping.
 ROWS: list[dict[str, Any]] = [
     dict(dp=4, ep=2),
@@ -48,6 +48,15 @@ ROWS: list[dict[str, Any]] = [
     dict(pp=2, tp=2, ep=2, schedule="dualpipev"),
     dict(pp=2, tp=2, etp=2, schedule="gpipe"),
     dict(pp=4),
+    dict(dp=2, sp=2, sequence="ulysses"),
+    dict(dp=2, sp=2, ep=2, sequence="ring"),
+    dict(sp=4, ep=4, sequence="ulysses", recompute=True),
+    dict(dp=2, sp=2, etp=2, sequence="ulysses"),
+    dict(tp=2, sp=2, sequence="ulysses"),
+    dict(tp=2, sp=2, ep=2, sequence="ring", tp_sequence=True),
+    dict(dp=2, tp=2, ep=2, tp_sequence=True),
+    dict(pp=2, sp=2, sequence="ulysses", schedule="zero_bubble"),
+    dict(pp=2, sp=2, ep=2, sequence="ring"),
     dict(dp=8, ep=4, etp=2),
     dict(dp=4, tp=2, ep=4),
     dict(dp=4, tp=2, ep=2, etp=2),
@@ -60,9 +69,17 @@ ROWS: list[dict[str, Any]] = [
     dict(pp=2, dp_replicate=2, dp=2, ep=2),
     dict(pp=4, dp=2, ep=2),
     dict(pp=4, tp=2, ep=2),
+    dict(dp=2, tp=2, sp=2, ep=4, sequence="ulysses", tp_sequence=True),
+    dict(dp=2, tp=2, sp=2, ep=2, etp=2, sequence="ring"),
+    dict(pp=2, dp=2, sp=2, ep=2, sequence="ring"),
+    dict(pp=2, dp=2, sp=2, etp=2, sequence="ulysses", schedule="interleaved"),
+    dict(pp=2, tp=2, sp=2, ep=4, sequence="ulysses", tp_sequence=True),
     dict(pp=2, dp=4, tp=2, ep=4, etp=2),
+    dict(pp=2, dp=2, tp=2, sp=2, ep=2, sequence="ulysses"),
+    dict(pp=2, dp=2, tp=2, sp=2, ep=2, sequence="ring", tp_sequence=True),
+    dict(pp=2, dp=2, tp=2, sp=2, ep=4, etp=2, sequence="ulysses", tp_sequence=True, schedule="zero_bubble"),
 ]
-AXES = ("pp", "tp", "dp", "ep", "etp")
+AXES = ("pp", "tp", "dp", "sp", "ep", "etp")
 
 
 def sizes_of(row: dict[str, Any]) -> dict[str, int]:

@@ -16,14 +16,22 @@ from test_pipeline import V_ON_GLOO
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests/results/parity_matrix.json"
 # All rows of four ranks and these of eight run by default, each with one of the models; the rest takes minutes.
-EIGHT = [19, 20, 23, 26, 27]
+EIGHT = [
+    "dp8 ep4 etp2",
+    "dp4 tp2 ep4",
+    "pp2 dp4 ep2 etp2",
+    "pp2 dp2 tp2 etp2",
+    "pp2 dp2 tp2 ep2 etp2, zero_bubble",
+    "dp2 tp2 sp2 ep4, ulysses, tp_sequence",
+    "pp2 dp2 sp2 ep2, ring",
+]
 
 
 def cases() -> list[Any]:
     found = []
     for at, row in enumerate(ROWS):
         for which, model in enumerate(MODELS):
-            quick = which == at % len(MODELS) and (ranks_of(row) == 4 or at in EIGHT)
+            quick = which == at % len(MODELS) and (ranks_of(row) == 4 or name_of(row) in EIGHT)
             marks = () if quick else pytest.mark.slow
             found.append(pytest.param(model, row, id=f"{name_of(row)}, {model}", marks=marks))
     return found
@@ -44,7 +52,10 @@ def test_every_pair_of_axes_is_compared() -> None:
     quick = [case for case in cases() if not case.marks]
     assert len(quick) >= 24
     assert pairs() == set(itertools.combinations(AXES, 2))
+    five = dict.fromkeys(("dp", "tp", "pp", "ep", "sp"), 2)
+    assert any(all(row.get(axis, 1) == size for axis, size in five.items()) for row in ROWS)
     assert any(all(row.get(axis, 1) > 1 for axis in AXES) for row in ROWS)
+    assert {name_of(row) for row in ROWS if ranks_of(row) == 8} >= set(EIGHT)
 
 
 def test_the_table_is_of_these_rows_and_in_the_readme() -> None:
