@@ -91,9 +91,7 @@ def start(*configs: BenchConfig) -> int:
     for config in configs:
         check(config, world, own_ranks=ranks is None)
     if ranks is not None:
-        wrong = rank_main(configs, world)
-        elastic.leave(int(wrong))
-        return int(wrong)
+        elastic.leave(int(rank_main(configs, world)))
     on_cpu = first.device == "cpu" or not elastic.has_accelerator()
     logs = Path(tempfile.mkdtemp(prefix="moeweave-bench-"))
     wrong = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
