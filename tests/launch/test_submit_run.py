@@ -114,7 +114,10 @@ def test_a_job_whose_submitter_was_killed_is_lost_and_not_taken_for_another_proc
     until_ready(tmp_path)
     os.kill(running.pid, signal.SIGKILL)
     assert running.wait().left == ()
-    assert not [pid for pid in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in read_quietly(pid / "environ")]
+    deadline = time.monotonic() + 20
+    while left := [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in read_quietly(p / "environ")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
     state = json.loads((tmp_path / "run/submit/0/state.json").read_text())
     (tmp_path / "run/submit/0/state.json").write_text(json.dumps(state | {"pid": os.getpid()}))
     assert run("submit", "status", "run", cwd=tmp_path).out.startswith("lost: ")

@@ -42,8 +42,8 @@ def test_every_gradient_and_the_norm_are_those_of_one_process(name: str, ranks: 
         assert set(report.errors) == {key for key, _ in hf_zoo.ZOO[name]().named_parameters()}
 
 
-# Sinks; a norm over all heads; gates that the model's own plan splits; linear attention.
-@pytest.mark.parametrize("name", ["gpt_oss", "olmoe", "laguna", "bailing_hybrid"])
+# Sinks; a norm over all heads; gates that the model's own plan splits. Linear attention: test_ill_conditioned.
+@pytest.mark.parametrize("name", ["gpt_oss", "olmoe", "laguna"])
 def test_attention_that_is_computed_whole_or_with_gates(name: str) -> None:
     if name not in hf_zoo.ZOO:
         pytest.skip("not in this release of transformers")
