@@ -2,9 +2,8 @@
 
 Routing is uniform: each token picks K distinct experts of E. A token then needs an expert of a part of n experts with
 chance 1 - C(E - n, K) / C(E, K), whatever the other parts. A time is the sum of what a dispatch does one after the
-other: messages to other nodes are started, bytes cross a node's network link, bytes are copied inside a node. The model
-knows no congestion, no skew, no overlap of the three and no time to code and decode rows, which on a CPU shows in an
-all-gather: it decodes every token of the group.
+other: messages to other nodes are started, bytes cross a node's network link, bytes are copied inside a node, coded
+rows are decoded. The model knows no congestion, no skew, no overlap of the four and no time to code own tokens.
 
 Legend: T tokens a rank, D width, K routes a token, E experts, W ranks, M nodes, L ranks of a node.
 """
@@ -56,11 +55,13 @@ class Links:
         network: bytes a second that a node's ranks send together, one way.
         local: bytes a second that a node's ranks copy together.
         latency: seconds that a message between nodes takes before it carries anything.
+        decode: bytes a second of decoded rows that a node's ranks make together.
     """
 
     network: float
     local: float
     latency: float
+    decode: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,16 @@ def dispatch_rows(dispatcher: str, sizes: Tokens, nodes: Nodes) -> tuple[float, 
     return sizes.tokens * remote_ranks(sizes.experts, sizes.top_k, M), a_rank * M * (L - 1)
 
 
+def decoded_rows(dispatcher: str, sizes: Tokens, nodes: Nodes) -> float:
+    """Rows that an average rank decodes: every one that it takes, its own included."""
+    W = nodes.num_nodes * nodes.ranks_per_node
+    if dispatcher in ("alltoall", "allgather"):
+        return sizes.tokens * (sizes.top_k if dispatcher == "alltoall" else W)
+    return sizes.tokens * needed_parts(
+        sizes.experts, sizes.top_k, nodes.num_nodes if dispatcher == "hierarchical" else W
+    )
+
+
 def dispatch_cost(dispatcher: str, sizes: Tokens, nodes: Nodes, links: Links) -> Cost:
     """Bytes and time of a dispatch without a cached layout. Raises ValueError for an unknown dispatcher."""
     if dispatcher not in MODELLED:
@@ -128,4 +139,6 @@ def dispatch_cost(dispatcher: str, sizes: Tokens, nodes: Nodes, links: Links) ->
     rounds = (dispatcher != "onesided") + 1  # what to expect, then the rows
     peers = M if dispatcher in ("hierarchical", "allgather") else M * L
     seconds = links.latency * rounds * (peers - peers // M) + network * L / links.network + copied * L / links.local
+    if sizes.format != "none":
+        seconds += decoded_rows(dispatcher, sizes, nodes) * sizes.plain_bytes * L / links.decode
     return Cost(network, local, seconds)

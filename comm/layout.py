@@ -26,6 +26,7 @@ from moeweave.comm.onesided_cuda import CudaMoves
 
 if TYPE_CHECKING:  # which sorts routes by what is here
     from moeweave.comm.onesided_nodes import NodeMoves
+    from moeweave.comm.onesided_parts import PartMoves
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Layout:
     group: str
     route_R: Tensor | None = None
     max_tokens: Tensor | None = None
-    slots: Moves | NodeMoves | CudaMoves | None = None
+    slots: Moves | NodeMoves | PartMoves | CudaMoves | None = None
     num_rows: int = 0
 
     @classmethod

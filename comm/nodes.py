@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moeweave.comm.peers import host_name
+from moeweave.comm.topology import Topology
 
 _HOSTS: weakref.WeakKeyDictionary[dist.ProcessGroup, list[str | None]] = weakref.WeakKeyDictionary()
 
@@ -32,6 +33,10 @@ def hosts_of(group: dist.ProcessGroup) -> list[str | None]:
         dist.all_gather_object(hosts, host, group=group)
         _HOSTS[group] = hosts
     return _HOSTS[group]
+
+
+class UnevenNodes(ValueError):
+    """Nodes of unequal size, or whose ranks are not neighbours."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +55,60 @@ class Nodes:
         """From the node of each rank, named as one likes.
 
         Raises:
-            ValueError: nodes of unequal size, or whose ranks are not neighbours.
+            UnevenNodes: nodes of unequal size, or whose ranks are not neighbours.
         """
         size, names = len(node_W), list(dict.fromkeys(node_W))
         length = size // len(names)
         wanted = [name for name in names for _ in range(length)]
         if list(node_W) != wanted:
             shown = ", ".join(str(names.index(each)) for each in node_W)
-            raise ValueError(
+            raise UnevenNodes(
                 f"nodes ({shown}) must hold equally many ranks of the expert group each, one node after the other, for "
                 "dispatcher='hierarchical'. Start as many ranks on each host, or use dispatcher='alltoall'."
             )
         return cls(len(names), length)
 
     @classmethod
-    def found(cls, group: dist.ProcessGroup | None) -> Nodes:
-        """From the hosts of the group's ranks; a rank without a known host is a node of its own. A collective."""
+    def found(cls, group: dist.ProcessGroup | None, topology: Topology | None = None) -> Nodes:
+        """From `topology` where it is of this job's ranks, else from the hosts of the group's ranks; a rank without a
+        known host is a node of its own. A collective.
+
+        Raises:
+            ValueError: as `of`; a node of `topology` whose ranks are on several hosts.
+        """
         if group is None:
             return cls(1, 1)
-        return cls.of([rank if host is None else host for rank, host in enumerate(hosts_of(group))])
+        hosts = [rank if host is None else host for rank, host in enumerate(hosts_of(group))]
+        measured = None if topology is None else topology.nodes_in(group)
+        if measured is None:
+            return cls.of(hosts)
+        home: dict[int, tuple[int, Hashable]] = {}
+        for rank, (node, host) in enumerate(zip(measured, hosts, strict=True)):
+            first, expected = home.setdefault(node, (rank, host))
+            if host != expected:
+                raise ValueError(
+                    f"topology: ranks {first} and {rank} of the expert group must be on one host, as they share memory "
+                    "there. Measure these ranks with `moeweave-bench op=topology`, or leave topology out."
+                )
+        return cls.of(measured)
 
     def split(self, group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """This rank's scale-up and scale-out groups, None where it would be alone. A collective over `group`."""
         if group is None:
             return None, None
-        ranks, here = dist.get_process_group_ranks(group), dist.get_rank(group)
-        node, place = divmod(here, self.ranks_per_node)
-        inside = ranks[node * self.ranks_per_node : (node + 1) * self.ranks_per_node]
-        across = ranks[place :: self.ranks_per_node]
-        backend = dist.get_backend(group)
+        first = dist.get_rank(group) // self.ranks_per_node * self.ranks_per_node
+        inside = dist.get_process_group_ranks(group)[first : first + self.ranks_per_node]
+        return _made(inside, group), self.across(group)
 
-        def made(members: list[int]) -> dist.ProcessGroup | None:
-            if len(members) == 1:
-                return None
-            return dist.new_group(members, backend=backend, use_local_synchronization=True)
+    def across(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        """A scale-out group alone. A collective over `group`."""
+        if group is None:
+            return None
+        place = dist.get_rank(group) % self.ranks_per_node
+        return _made(dist.get_process_group_ranks(group)[place :: self.ranks_per_node], group)
 
-        return made(inside), made(across)
+
+def _made(members: list[int], group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    if len(members) == 1:
+        return None
+    return dist.new_group(members, backend=dist.get_backend(group), use_local_synchronization=True)

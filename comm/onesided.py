@@ -92,7 +92,8 @@ class Arrived(NamedTuple):
 class Engine(Protocol):
     """The four exchanges over one kind of memory. Results are never window memory.
 
-    Each engine has moves of its own kind, with `tensors` and `perm_R`: `Moves`, or `onesided_nodes.NodeMoves`.
+    Each engine has moves of its own kind, with `tensors` and `perm_R`: `Moves`, `onesided_nodes.NodeMoves` or
+    `onesided_parts.PartMoves`.
     """
 
     size: int

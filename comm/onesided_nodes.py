@@ -16,7 +16,7 @@ token and node each, B bytes of a row on the link, R rows here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,15 +95,14 @@ class NodeEngine:
         token_S, home_S, home_ends_T = list_slots(plan)
         sends_M = plan.has_TW.sum(0)
         splits = torch.stack([sends_M, self.across.swap(sends_M.unsqueeze(1)).squeeze(1)])
-        about_TB = torch.cat([_bytes(ids_TK.to(torch.int32)), _bytes(weights_TK.detach())], dim=1)
-        about = self._go(about_TB.index_select(0, token_S), splits)
+        about = self._go(about_tokens(ids_TK, weights_TK).index_select(0, token_S), splits)
         rows = self._send(x_TD, token_S, splits, wire)
         weights_dtype, top_k = weights_TK.dtype, ids_TK.shape[1]
 
         def finish() -> Arrived:
             about_SB = about.wait()
-            ids_SK = self._ids_inside(about_SB[:, : 4 * top_k].view(torch.int32).long(), splits[1], num_experts)
-            weights_SK = about_SB[:, 4 * top_k :].contiguous().view(weights_dtype)
+            ids_SK, weights_SK = split_about(about_SB, top_k, weights_dtype)
+            ids_SK = ids_inside(ids_SK, splits[1].tolist(), num_experts, self.across.rank)
             # While the rows are on the network, their layout inside the node is made with rows of one number.
             thin_S1 = weights_SK.new_zeros(ids_SK.shape[0], 1, dtype=torch.float32)
             thin = self.inside.dispatch(thin_S1, ids_SK, weights_SK, num_experts, self._room(wire)).wait()
@@ -139,7 +138,7 @@ class NodeEngine:
             sums_SD = posted.wait()
             sent = sums_SD.to(dtype) if wire.format == "none" else sums_SD
             words = self._go(to_words(sent, wire), moves.splits.flip(0)).wait()
-            back_SD = decoded(_bytes(words), Like(width, sent.dtype, wire))
+            back_SD = decoded(as_bytes(words), Like(width, sent.dtype, wire))
             return sum_rows(
                 back_SD, moves.home_S, moves.home_ends_T, out_SD=torch.empty(num_tokens, width, dtype=dtype)
             )
@@ -169,15 +168,15 @@ class NodeEngine:
         words_SB = to_words(x_TD.detach(), wire).index_select(0, token_S)
         rows = self._go(words_SB, splits)
         if wire.format == "none":
-            return Pending(lambda: decoded(_bytes(rows.wait()), like))
+            return Pending(lambda: decoded(as_bytes(rows.wait()), like))
         sent, taken = splits.tolist()
         own = slice(sum(taken[:node]), sum(taken[: node + 1]))
         x_SD = x_TD.new_empty(sum(taken), like.width)
         first = sum(sent[:node])
-        x_SD[own] = decoded(_bytes(words_SB[first : first + sent[node]]), like)
+        x_SD[own] = decoded(as_bytes(words_SB[first : first + sent[node]]), like)
 
         def finish() -> Tensor:
-            arrived_SB = _bytes(rows.wait())
+            arrived_SB = as_bytes(rows.wait())
             for part in (slice(own.start), slice(own.stop, None)):
                 x_SD[part] = decoded(arrived_SB[part], like)
             return x_SD
@@ -196,18 +195,38 @@ class NodeEngine:
 
         return Pending(finish)
 
-    def _ids_inside(self, ids_SK: Tensor, taken_M: Tensor, num_experts: int) -> Tensor:
-        """Expert ids over the group -> over this node, e * M + m; -1 for routes to other nodes and to none."""
-        num_here, node = num_experts // self.nodes.num_nodes, self.across.rank
-        local_SK = ids_SK - node * num_here
-        source_S1 = torch.repeat_interleave(torch.arange(self.nodes.num_nodes), taken_M).unsqueeze(1)
-        here_SK = (local_SK >= 0) & (local_SK < num_here)
-        return torch.where(here_SK, local_SK * self.nodes.num_nodes + source_S1, -1)
-
     def _room(self, wire: Wire) -> Wire:
         """Inside a node rows are as they are; each rank spreads what it took from all nodes."""
         return Wire(max_tokens=wire.max_tokens * self.nodes.num_nodes)
 
 
-def _bytes(rows: Tensor) -> Tensor:
-    return rows.contiguous().view(torch.uint8)
+def about_tokens(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """What goes with each token: ids as int32, then weights, as bytes [T, B]."""
+    return torch.cat([as_bytes(ids_TK.to(torch.int32)), as_bytes(weights_TK.detach())], dim=1)
+
+
+def split_about(about_SB: Tensor, top_k: int, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The way back of `about_tokens`: ids_SK, weights_SK."""
+    ids_SK = about_SB[:, : 4 * top_k].contiguous().view(torch.int32).long()
+    return ids_SK, about_SB[:, 4 * top_k :].contiguous().view(weights_dtype)
+
+
+def ids_inside(ids_SK: Tensor, taken_M: Sequence[int], num_experts: int, node: int) -> Tensor:
+    """Expert ids over the group -> over this node, e * M + m; -1 for routes to other nodes and to none.
+
+    Args:
+        ids_SK: of tokens by the node that they come from.
+        taken_M: how many come from each node. node: this one.
+    """
+    num_nodes = len(taken_M)
+    num_here = num_experts // num_nodes
+    local_SK = ids_SK - node * num_here
+    source_S1 = torch.repeat_interleave(torch.arange(num_nodes), torch.tensor(taken_M)).unsqueeze(1)
+    here_SK = (local_SK >= 0) & (local_SK < num_here)
+    return torch.where(here_SK, local_SK * num_nodes + source_S1, -1)
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """Rows [N, D] as bytes [N, B]."""
+    # Flat first: a contiguous tensor of one column or no row may have any stride, and then has no view as bytes.
+    return rows.contiguous().flatten().view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())

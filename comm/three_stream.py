@@ -11,9 +11,13 @@ Each rank holds its own tokens. Router and shared expert run on these alone, and
               needs most ranks (top-k above the number of ranks).
     routed    rows go to the ranks that need them, so they wait for the router: only the shared expert, and whatever
               other chunk is under way, hides them.
+    hierarchical
+              rows cross the network once to each node that needs them, on dma and in parts; push spreads inside the
+              node what has arrived, while the next part crosses (`onesided_parts`). Wins between nodes.
 
-`push_share` is the part of the columns of rows and results that takes the push plane. Splitting changes no bit.
-Gradients go back over both planes as well, straight through and a row a route:
+`push_share` is the part of the columns of rows and results that takes the push plane, where both planes reach every
+rank. Splitting changes no bit. Gradients go back over both planes as well, straight through and a row a route (of the
+hierarchical form in parts, as the rows went):
 
     dma, push   results' gradients                               rows' gradients
     compute     weights' gradients           experts' backward   shared expert's backward      sum, router's backward
@@ -26,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +38,11 @@ from torch.distributed import ProcessGroup
 
 from moeweave.comm.codec import decode_rows, encode_rows
 from moeweave.comm.communicator import Communicator
+from moeweave.comm.dispatchers.onesided import OneSidedDispatcher
+from moeweave.comm.engines import part_engine_of
 from moeweave.comm.joins import GradientWay, JoinArrived, JoinPrereduced, JoinReturned, Post, PostPrereduced
 from moeweave.comm.layout import Layout, arrange_fixed, arrange_gathered, exchange_layout
+from moeweave.comm.nodes import Nodes
 from moeweave.comm.pending import Pending
 from moeweave.comm.planes import refuse_training
 from moeweave.comm.streams import Streams
@@ -70,6 +78,7 @@ class ThreeStream:
         push_group, dma_group: the same ranks twice, None for this rank alone.
         num_experts: experts over the whole group, a multiple of its size; rank r holds the r-th contiguous block.
         streams: where exchanges run. top_k: routes a token, for form="auto".
+        nodes: how the ranks lie, for forms "hierarchical" (None finds the hosts) and "auto" (None: it is not chosen).
     """
 
     def __init__(
@@ -80,12 +89,21 @@ class ThreeStream:
         streams: Streams,
         options: ThreeStreamOptions,
         top_k: int = 1,
+        nodes: Nodes | None = None,
     ) -> None:
         self.push = Communicator(push_group)
         self.planes = TwoPlanes(self.push, Communicator(dma_group), streams, options.push_share)
         self.num_experts, self.streams, self.options = num_experts, streams, options
-        self.gathered = options.gathered(top_k, self.push.size)
-        self.prereduced = options.combine == "prereduced"
+        form = options.form_for(top_k, self.push.size, nodes)
+        self.gathered = form == "gathered"
+        self.prereduced = self.gathered and options.combine == "prereduced"
+        self.by_node: OneSidedDispatcher | None = None
+        if form == "hierarchical":
+            nodes = nodes or Nodes.found(push_group)
+            # Kept, as operators know it by its name alone.
+            self._engine = part_engine_of(push_group, dma_group, nodes, streams, options.num_parts)
+            settings: Any = dict(codec=options.codec, max_tokens=options.max_tokens, engine=self._engine)
+            self.by_node = OneSidedDispatcher(push_group, num_experts, **settings)
 
     def layer(
         self,
@@ -98,7 +116,7 @@ class ThreeStream:
 
             1. quantise the rows and let them leave on both planes           (gathered form)
             2. router, on this rank's tokens
-            3. ids and weights leave on push                                 (routed form: and the rows, on both planes)
+            3. ids and weights leave on push                                 (other forms: and the rows, on both planes)
             4. shared expert, on this rank's tokens
             5. join; experts
             6. results leave on both planes
@@ -152,6 +170,8 @@ class ThreeStream:
     ) -> Tensor:
         """Steps 3 to 7 without adding the shared expert's output, which `beside` computes while rows are under way."""
         refuse_training(x_TD.device.type, x_TD, weights_TK)
+        if self.by_node is not None:
+            return self._by_node_pass(self.by_node, x_TD, ids_TK, weights_TK, experts, beside)
         if leaving is not None and leaving.fixed:
             return self._fixed_pass(leaving, ids_TK, weights_TK, experts, beside)
         arrive = self._routed_rows if leaving is None else self._gathered_rows
@@ -162,6 +182,23 @@ class ThreeStream:
             assert weights_R is not None
             return self._combine_prereduced(rows_RD, weights_TK, weights_R, layout)
         return self._combine_exact(rows_RD, weights_TK, layout)
+
+    def _by_node_pass(
+        self,
+        dispatcher: OneSidedDispatcher,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        experts: Experts,
+        beside: Callable[[], None],
+    ) -> Tensor:
+        """Steps 3 to 7 between nodes; the engine shares out the exchanges over the planes."""
+        arriving = dispatcher.dispatch_async(x_TD, ids_TK, weights_TK)
+        beside()
+        arrived = arriving.wait()
+        with self.computing("experts"):
+            rows_RD = experts(arrived.rows_RD, arrived.offsets_e)
+        return dispatcher.combine_async(rows_RD, weights_TK, arrived).wait()
 
     def _gathered_rows(
         self,

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers.select import choose
+from moeweave.comm.nodes import Nodes
 
-FORMS = ("auto", "gathered", "routed")
+FORMS = ("auto", "gathered", "routed", "hierarchical")
 COMBINES = ("exact", "prereduced")
+FORM_OF = {"allgather": "gathered", "alltoall": "routed", "hierarchical": "hierarchical"}  # of a dispatcher's choice
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,16 @@ class ThreeStreamOptions:
     """How the exchange is shared out.
 
     Attributes:
-        form: "gathered", "routed", or "auto", which picks as `dispatcher="auto"` picks between its two.
-        push_share: part of rows and results on the push plane, 0 to 1.
-        combine: "exact", a row a route comes back; "prereduced", gathered only: one a token and rank.
+        form: "gathered", "routed", "hierarchical", or "auto", which picks as `dispatcher="auto"` does.
+        push_share: part of rows and results on the push plane, 0 to 1; gathered and routed.
+        combine: "exact", a row a route comes back; "prereduced", one a token and rank; a routed exchange has only the
+            first, a hierarchical one only the second.
         codec: formats of rows, results and gradients.
-        max_tokens: tokens that no rank exceeds in a pass. With it and combine="prereduced", passes without gradients
-            have fixed sizes and never read the device: they can be captured in a CUDA graph. None: agreed in each pass.
+        max_tokens: tokens that no rank exceeds in a pass; goes with combine="prereduced". Gathered passes without
+            gradients then have fixed sizes and never read the device: they can be captured in a CUDA graph. None:
+            agreed in each pass.
+        num_parts: hierarchical: parts that rows cross the network in, so that one spreads inside the node while the
+            next crosses. 0: all cross before any spreads.
     """
 
     form: str = "auto"
@@ -29,6 +35,7 @@ class ThreeStreamOptions:
     combine: str = "exact"
     codec: Codec = field(default_factory=Codec)
     max_tokens: int | None = None
+    num_parts: int = 2
 
     def __post_init__(self) -> None:
         for name, legal in (("form", FORMS), ("combine", COMBINES)):
@@ -38,13 +45,17 @@ class ThreeStreamOptions:
             raise ValueError(f"push_share ({self.push_share}) must be from 0 to 1.")
         if self.combine == "prereduced" and self.form == "routed":
             raise ValueError("combine ('prereduced') needs gathered rows. Set form='gathered', or combine='exact'.")
+        if self.combine == "exact" and self.form == "hierarchical":
+            raise ValueError("combine ('exact') has no form='hierarchical'. Set combine='prereduced' or form='routed'.")
+        if self.num_parts < 0:
+            raise ValueError(f"num_parts ({self.num_parts}) must be at least 0. Set 0 to send all rows at once.")
         if self.max_tokens is not None and (self.max_tokens < 1 or self.combine != "prereduced"):
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) must be at least 1 and go with combine='prereduced'. Leave it out."
             )
 
-    def gathered(self, top_k: int, num_ranks: int) -> bool:
-        """Whether rows are gathered, for so many routes a token."""
-        if self.form == "auto":
-            return choose(num_ranks, top_k, self.combine)[0] == "allgather"
-        return self.form == "gathered"
+    def form_for(self, top_k: int, num_ranks: int, nodes: Nodes | None = None) -> str:
+        """The form for so many routes a token, over ranks that lie on these nodes (None: they are not told)."""
+        if self.form != "auto":
+            return self.form
+        return FORM_OF[choose(num_ranks, top_k, self.combine, nodes=nodes)[0]]

@@ -1,7 +1,8 @@
 """What connects the ranks of a job: hosts, links, and bandwidths that were measured.
 
-`moeweave-bench op=topology` measures and writes a file; `dispatcher="auto"` reads it (`Plan(topology=path)`). A file is
-of use to jobs on the same kind of device; what it says of collectives holds for as many ranks as were measured.
+`moeweave-bench op=topology` measures and writes a file; `Plan(topology=path)` reads it. A file is of use to jobs on the
+same kind of device. What it says of collectives holds for groups of as many ranks as were measured; which ranks form a
+node, for jobs of as many ranks, in the same places.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ class Topology:
     def is_one_memory(self) -> bool:
         """Whether every rank can write into every other's memory."""
         return all(access is not False for row in self.peer_access for access in row)
+
+    @property
+    def nodes(self) -> list[int]:
+        """The node of each rank, named by its first rank: ranks that can write into each other's memory share one."""
+        ranks = range(self.num_ranks)
+        return [next(a for a in ranks if a == b or (self.peer_access[a][b] and self.peer_access[b][a])) for b in ranks]
+
+    def nodes_in(self, group: dist.ProcessGroup) -> list[int] | None:
+        """The node of each rank of `group`; None where the job has another number of ranks than were measured."""
+        if dist.get_world_size() != self.num_ranks:
+            return None
+        nodes = self.nodes
+        return [nodes[rank] for rank in dist.get_process_group_ranks(group)]
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON; a reader never sees half of a file."""

@@ -239,6 +239,7 @@ class BenchConfig:
     ablate: bool = False
     shared_hidden: int = 256
     push_share: float = 0.25
+    num_parts: int = 2
     overlap: list[str] = field(default_factory=lambda: ["all_to_all", "all_gather"])
     programs: int | None = None
     num_sms: list[int] = field(default_factory=list)
@@ -250,7 +251,7 @@ class BenchConfig:
         at_least(2, ranks=self.ranks, factor=self.factor)
         at_least(1, programs=self.programs or 1, num_sms=min(self.num_sms, default=1))
         at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
-        at_least(1, shared_hidden=self.shared_hidden)
+        at_least(1, shared_hidden=self.shared_hidden, num_parts=self.num_parts)
         at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
         at_least(0, warmup=self.warmup)
         at_least(self.min_size, max_size=self.max_size)

@@ -31,6 +31,7 @@ from moeweave.comm.dispatch import TokenDispatcher
 from moeweave.comm.dispatchers.ascend_limits import AscendOptions
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.overlap import in_lane, least_of_ranks, run_routed
+from moeweave.comm.topology import Topology
 from moeweave.moe.balance import apply_capacity, load
 from moeweave.moe.experts import ExpertWeights, local_experts
 from moeweave.moe.layer import accumulate, unflatten
@@ -335,10 +336,11 @@ def install_expert_call(
     plan: Plan,
     parent: nn.Module,
     return_group: dist.ProcessGroup | None = None,
+    topology: Topology | None = None,
 ) -> ExpertCall:
     """Put an `ExpertCall` in place of the experts' forward (or, for an adapted block, of the block's).
 
-    return_group: of the asynchronous combines, see `make_dispatcher`.
+    return_group, topology: see `make_dispatcher`.
     """
     ep = mesh.sizes.ep
     group = mesh.group("ep") if ep > 1 else None
@@ -347,7 +349,7 @@ def install_expert_call(
         group,
         block.num_slots,
         top_k=top_k,
-        topology=plan.topology,
+        topology=topology,
         combine=plan.combine,
         return_group=return_group,
         codec=Codec.parse(plan.codec),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from moeweave.comm.topology import Topology
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
@@ -228,22 +229,29 @@ def _refuse_with_etp(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh) -> No
 
 def _wrap_blocks(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, plan: Plan) -> list[ExpertCall]:
     return_group = mesh.new_group("ep") if plan.overlap == "microbatch" and blocks else None
-    calls = [_wrap_block(model, block, mesh, plan, return_group) for block in blocks]
+    # The first rank's file for all: expert groups choose alike, wherever they are.
+    topology = None if plan.topology is None else Topology.shared(plan.topology, dist.group.WORLD)
+    calls = [_wrap_block(model, block, mesh, plan, return_group, topology) for block in blocks]
     if plan.overlap == "three_stream" and blocks:
-        planes = PlanesOfModel(mesh)
+        planes = PlanesOfModel(mesh, topology=topology)
         for block, call in zip(blocks, calls, strict=True):
             install_three_stream(model, block, call, planes.schedule(block.num_slots, top_k_of(model), plan))
     return calls
 
 
 def _wrap_block(
-    model: nn.Module, block: MoEBlock, mesh: Mesh, plan: Plan, return_group: dist.ProcessGroup | None
+    model: nn.Module,
+    block: MoEBlock,
+    mesh: Mesh,
+    plan: Plan,
+    return_group: dist.ProcessGroup | None,
+    topology: Topology | None,
 ) -> ExpertCall:
     shard_experts(block, mesh)
     if plan.zero_stage is not None:
         plan = replace(plan, dtype=None)  # DeepSpeed converts the parameters themselves.
     parent = model.get_submodule(block.block_path)
-    call = install_expert_call(block, top_k_of(model), mesh, plan, parent, return_group)
+    call = install_expert_call(block, top_k_of(model), mesh, plan, parent, return_group, topology)
     install_deltas(model, block, call)
     return call
 

@@ -47,7 +47,9 @@ class Plan:
             ep, hosts and whether ranks share memory, logged once).
         ascend: options of dispatcher="ascend", a mapping of its fields (series, max_tokens, path) or an
             `AscendOptions`, which it is afterwards.
-        topology: file that `moeweave-bench op=topology` wrote; "auto" chooses by its bandwidths. None: by bytes alone.
+        topology: file that `moeweave-bench op=topology` wrote, read by the first rank for all: "auto" chooses by its
+            bandwidths, "auto" and "hierarchical" take its nodes where the job has as many ranks as were measured. None:
+            by bytes alone, and hosts are nodes.
         combine: "exact", "prereduced", or None for the dispatcher's default.
         codec: how rows are quantised before they are sent: a format of what dispatch sends ("none", "fp8", "fp8_e5m2",
             "int8"), a `Codec`, or a mapping of its fields; it is a `Codec` afterwards. Gradients go straight through
@@ -70,7 +72,8 @@ class Plan:
         microbatches: parts with overlap="microbatch".
         overlap_min_tokens: a pass in which some rank has fewer tokens runs in one piece; all ranks agree on it.
         three_stream_form: "gathered", rows go to every rank and leave before the router has run; "routed", they go
-            where the router says; "auto", gathered where top-k is at least ep.
+            where the router says; "hierarchical", across the network once to each node that needs them, and spread
+            there while others cross (combine="prereduced"); "auto", as dispatcher="auto" chooses among the three.
         push_share: part of rows and results, 0 to 1, that takes the push plane with overlap="three_stream".
         max_tokens: with overlap="three_stream" and combine="prereduced", tokens that no rank exceeds in a pass without
             gradients: its sizes are fixed then, and a CUDA graph can capture it. None: agreed in each pass.
@@ -127,7 +130,8 @@ class Plan:
                 raise ValueError(f"Plan.{name} ({value!r}) must be a whole number of at least {least}.")
         if self.overlap == "three_stream":
             form, share = self.three_stream_form, self.push_share
-            ThreeStreamOptions(form, share, self.combine or "exact", max_tokens=self.max_tokens)
+            combine = self.combine or ("prereduced" if form == "hierarchical" else "exact")
+            ThreeStreamOptions(form, share, combine, max_tokens=self.max_tokens)
         if self.data == "zero0" and self.dtype == "bfloat16":
             raise ValueError("Plan.dtype ('bfloat16') needs masters in float32, which data='zero0' lacks. Use 'zero1'.")
         if self.ds_config is not None and self.zero_stage is None:

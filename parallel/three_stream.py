@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moeweave.comm.codec import Codec
-from moeweave.comm.dispatchers.select import choose
+from moeweave.comm.dispatchers.select import choose_over
+from moeweave.comm.nodes import Nodes
 from moeweave.comm.planes import new_plane_group
 from moeweave.comm.streams import Streams, make_streams
 from moeweave.comm.three_stream import Gathering, ThreeStream
-from moeweave.comm.three_stream_options import ThreeStreamOptions
+from moeweave.comm.three_stream_options import FORM_OF, ThreeStreamOptions
 from moeweave.comm.topology import Topology
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.expert import ExpertCall
@@ -44,16 +45,18 @@ def refuse_three_stream(mesh: Mesh, plan: Plan) -> None:
         )
 
 
-def options_of(plan: Plan, top_k: int, group: ProcessGroup | None) -> ThreeStreamOptions:
-    """The plan's; form "auto" is chosen as a dispatcher is, by `Plan.topology` where it is set."""
+def options_of(
+    plan: Plan, top_k: int, group: ProcessGroup | None, topology: Topology | None = None
+) -> ThreeStreamOptions:
+    """The plan's; form "auto" is chosen as a dispatcher is, between nodes as well. A collective over `group`."""
     form = plan.three_stream_form
     if form == "auto":
-        measured = None if plan.topology is None else Topology.shared(plan.topology, group)
-        name, reason = choose(1 if group is None else group.size(), top_k, plan.combine, measured)
-        form = "gathered" if name == "allgather" else "routed"
+        # Between ranks of one memory two planes of collectives take the place of one-sided writes.
+        name, reason = choose_over(group, top_k, plan.combine, topology)
+        form = FORM_OF[name]
         logger.info("three_stream_form auto -> %s: %s", form, reason)
-    codec = Codec.parse(plan.codec)
-    return ThreeStreamOptions(form, plan.push_share, plan.combine or "exact", codec, plan.max_tokens)
+    combine = plan.combine or ("prereduced" if form == "hierarchical" else "exact")
+    return ThreeStreamOptions(form, plan.push_share, combine, Codec.parse(plan.codec), plan.max_tokens)
 
 
 class PlanesOfModel:
@@ -62,15 +65,17 @@ class PlanesOfModel:
     Making it is a collective over the ranks of `ep`.
     """
 
-    def __init__(self, mesh: Mesh, streams: Streams | None = None) -> None:
+    def __init__(self, mesh: Mesh, streams: Streams | None = None, topology: Topology | None = None) -> None:
         ranks = torch.distributed.get_process_group_ranks(mesh.group("ep"))
         kind = mesh.device.type
         self.push, self.dma = (new_plane_group(plane, ranks, kind) for plane in ("push", "dma"))
         self.streams: Streams = streams or make_streams(mesh.device)
+        self.topology = topology
 
     def schedule(self, num_experts: int, top_k: int, plan: Plan) -> ThreeStream:
-        options = options_of(plan, top_k, self.push)
-        return ThreeStream(self.push, self.dma, num_experts, self.streams, options, top_k)
+        options = options_of(plan, top_k, self.push, self.topology)
+        nodes = Nodes.found(self.push, self.topology) if options.form == "hierarchical" else None
+        return ThreeStream(self.push, self.dma, num_experts, self.streams, options, top_k, nodes)
 
 
 def install_three_stream(model: nn.Module, block: MoEBlock, call: ExpertCall, schedule: ThreeStream) -> BlockSchedule:

@@ -15,9 +15,6 @@ Legend: T tokens here, K routes a token, D width, R rows here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -39,7 +36,7 @@ class HierarchicalDispatcher:
         codec: formats of the rows on the network; inside a node they are as they are.
         coded_rows: dispatch hands over codes and scales as they came, for a low-precision grouped product; no gradient.
         max_tokens: tokens that a rank may have at most; windows are sized for them once. None: windows grow.
-        nodes: the node of each rank of the group; None finds the hosts.
+        nodes: how the ranks of the group lie; None finds the hosts.
 
     Raises:
         ValueError: no CPU group; nodes of unequal size, or whose ranks are not neighbours in the group.
@@ -53,14 +50,9 @@ class HierarchicalDispatcher:
         codec: Codec | None = None,
         coded_rows: bool = False,
         max_tokens: int | None = None,
-        nodes: Sequence[Hashable] | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
-        if group is not None and dist.get_backend(group) != "gloo":
-            raise ValueError(
-                f"dispatcher ('hierarchical') needs a gloo group of CPU ranks, this one is {dist.get_backend(group)}. "
-                "Use dispatcher='alltoall' or 'onesided'."
-            )
-        found = Nodes.found(group) if nodes is None else Nodes.of(nodes)
+        found = nodes or Nodes.found(group)
         self.nodes, self.codec, self.coded_rows = found, codec or Codec(), coded_rows
         self._over = OneSidedDispatcher(
             group,

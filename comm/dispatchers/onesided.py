@@ -27,9 +27,10 @@ from moeweave.comm.onesided import Engine, Moves
 from moeweave.comm.onesided_combine import onesided_combine_rows, onesided_combine_sums
 from moeweave.comm.onesided_nodes import NodeMoves
 from moeweave.comm.onesided_ops import Settings, onesided_dispatch, onesided_resend
+from moeweave.comm.onesided_parts import PartMoves
 from moeweave.comm.pending import Pending
 
-AnyMoves = Moves | NodeMoves
+AnyMoves = Moves | NodeMoves | PartMoves
 
 
 class OneSidedDispatcher:
@@ -136,7 +137,7 @@ class OneSidedDispatcher:
         return Dispatched(rows_RD, None, weights, layout.offsets_e, layout)
 
     def _layout(self, ids_TK: Tensor, offsets_e: Tensor, moves: AnyMoves) -> Layout:
-        inside = moves.inside if isinstance(moves, NodeMoves) else moves
+        inside = moves if isinstance(moves, Moves) else moves.inside
         order_N, sent, received, perm_R = inside.order_N, inside.splits[0], inside.splits[1], inside.perm_R
         (num_tokens, top_k), engine = ids_TK.shape, self._dispatch.engine
         return Layout(order_N, sent, received, perm_R, offsets_e, num_tokens, top_k, engine, slots=moves)
@@ -144,7 +145,7 @@ class OneSidedDispatcher:
 
 def moves_of(layout: Layout) -> AnyMoves:
     """The one-sided part of a layout."""
-    assert isinstance(layout.slots, Moves | NodeMoves), "layout of another dispatcher"
+    assert isinstance(layout.slots, Moves | NodeMoves | PartMoves), "layout of another dispatcher"
     return layout.slots
 
 

@@ -88,6 +88,37 @@ def choose(
     return "alltoall", f"top_k {top_k} <= ep {ep_size}: routed rows are no more than gathered ones"
 
 
+def choose_over(
+    group: ProcessGroup | None, top_k: int, combine: str | None, topology: Topology | None, *, shared: bool = False
+) -> tuple[str, str]:
+    """`choose` for the ranks of `group`, by the nodes that `topology` tells, else by their hosts. A collective.
+
+    shared: as for `choose`, wherever `topology` does not tell of several nodes.
+
+    Raises:
+        ValueError: a node of `topology` whose ranks are on several hosts. RuntimeError: ranks chose differently.
+    """
+    nodes = nodes_of(group, topology)
+    shared = shared and (nodes is None or nodes.num_nodes == 1)
+    chosen = choose(1 if group is None else group.size(), top_k, combine, topology, shared=shared, nodes=nodes)
+    check_alike(f"{chosen[0]} ({chosen[1]}), {nodes}", group)
+    return chosen
+
+
+def check_alike(choice: str, group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank unless all ranks of `group` pass the same text. A collective."""
+    if group is None:
+        return
+    choices: list[str] = [""] * group.size()
+    dist.all_gather_object(choices, choice, group=group)
+    other = next((rank for rank, each in enumerate(choices) if each != choices[0]), None)
+    if other is not None:
+        raise RuntimeError(
+            f"dispatcher must be the same on all ranks of the expert group: rank 0 has {choices[0]}, rank {other} "
+            f"{choices[other]}. Pass the same plan, model and topology file on every rank."
+        )
+
+
 def _choose_measured(ep_size: int, top_k: int, topology: Topology) -> tuple[str, str]:
     """By the time that a token's rows take: top_k / ep_size of a gathered row's bytes, each at its measured speed."""
     routed, gathered = top_k / ep_size / topology.all_to_all_gbps, 1 / topology.all_gather_gbps
@@ -102,7 +133,7 @@ def make_dispatcher(
     num_experts: int,
     *,
     top_k: int = 1,
-    topology: str | None = None,
+    topology: str | Topology | None = None,
     combine: str | None = None,
     return_group: ProcessGroup | None = None,
     codec: Codec | None = None,
@@ -121,7 +152,8 @@ def make_dispatcher(
             collective over the group.
         num_experts: experts over the whole group, a multiple of its size.
         top_k: routes a token, for `auto`.
-        topology: file of measurements for `auto`, read by the group's first rank for all; ValueError if it holds none.
+        topology: measurements, or their file, read by the group's first rank for all: bandwidths for "auto", and for
+            "auto" and "hierarchical" the nodes, where the job has as many ranks as were measured.
         combine: "exact", "prereduced", or None for the dispatcher's default.
         return_group: a group of the same ranks for asynchronous combines, so that they never wait behind a dispatch.
         codec: formats of the rows on the link, None for the rows as they are. Every dispatcher takes every codec but
@@ -130,11 +162,13 @@ def make_dispatcher(
         max_tokens: of any rank, for "onesided": its windows are sized once. None: they grow with the tokens.
         ascend: options of the dispatcher of that name, None for its defaults.
         cuda: options of "onesided" between NVIDIA GPUs, None for its defaults.
-        nodes: the node of each rank, for "hierarchical"; None finds the hosts.
+        nodes: the node of each rank, for "hierarchical"; None takes them from `topology`, else finds the hosts.
 
     Raises:
         ValueError: unknown name or combine; experts that do not divide over the group; "ascend" off an NPU, or with a
-            codec that it does not have; coded rows of a dispatch that codes nothing.
+            codec that it does not have; coded rows of a dispatch that codes nothing; a topology file that holds none,
+            or whose nodes span hosts.
+        RuntimeError: ranks of the group chose differently.
     """
     validate_choice(name, combine)
     size = 1 if group is None else group.size()
@@ -143,10 +177,12 @@ def make_dispatcher(
             f"num_experts ({num_experts}) must be divisible by the expert group's size ({size}). "
             f"Legal sizes: {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}."
         )
+    measured = None
+    if name in ("auto", "hierarchical"):
+        measured = Topology.shared(topology, group) if isinstance(topology, str) else topology
     if name == "auto":
-        measured = None if topology is None else Topology.shared(topology, group)
         shared = shares_memory(group) or _gpus_share_memory(group, num_experts, top_k, max_tokens, measured)
-        name, reason = choose(size, top_k, combine, measured, shared=shared, nodes=nodes_of(group))
+        name, reason = choose_over(group, top_k, combine, measured, shared=shared)
         _log_once(f"dispatcher auto -> {name}: {reason}")
     if name == "allgather":
         return AllGatherDispatcher(
@@ -162,8 +198,10 @@ def make_dispatcher(
             group, num_experts, combine, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens
         )
     if name == "hierarchical":
+        lie = Nodes.found(group, measured) if nodes is None else Nodes.of(nodes)
+        check_alike(str(lie), group)
         return HierarchicalDispatcher(
-            group, num_experts, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens, nodes=nodes
+            group, num_experts, codec=codec, coded_rows=coded_rows, max_tokens=max_tokens, nodes=lie
         )
     if name == "ascend":
         return make_ascend(group, num_experts, ascend or AscendOptions(), codec=codec, coded_rows=coded_rows)

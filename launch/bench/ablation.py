@@ -1,13 +1,15 @@
 """`op=moe_layer ablate=true`: what each ingredient of the three-stream schedule gives, alone and left out.
 
     rank_local   router and shared expert run on this rank's tokens, and not on all ranks' gathered ones
+    by_node      a token crosses the network once to each node that needs it         (backend=hierarchical alone)
     quantise     rows are quantised before they are sent (in the first format of `codec`, else int8)
-    two_planes   rows and results take push and dma at the same time, and not push alone
+    two_planes   rows and results take push and dma at the same time, and not push alone; by node: rows spread inside
+                 the node while others cross the network
     overlap      exchanges run beside the computation, and not one after the other
 
 Every way is a whole layer with a router, routed experts and a shared expert, checked against a plain loop over experts
-on the rows that it ought to see. Rows are gathered in all of them, since otherwise router and shared expert have no
-gathered rows to run on.
+on the rows that it ought to see. Rows are gathered in all of them, as router and shared expert may have to run on
+gathered rows; with backend=hierarchical they go where they are needed, and a gather comes on top where it must.
 
 Legend: T tokens here, D width, E experts, K routes a token, F width of the shared expert, W ranks, N = W * T.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -29,10 +31,10 @@ from moeweave.comm.communicator import Communicator
 from moeweave.comm.planes import new_plane_group
 from moeweave.comm.streams import make_streams
 from moeweave.comm.three_stream import ThreeStream
-from moeweave.comm.three_stream_options import ThreeStreamOptions
 from moeweave.comm.timeline import STREAMS, Timeline, exposed
 from moeweave.comm.two_planes import TwoPlanes
-from moeweave.launch.bench import routed
+from moeweave.launch.bench import routed, traffic
+from moeweave.launch.bench.ablation_ways import Ingredients, NodeIngredients, ways
 from moeweave.launch.bench.case import Case, Work
 from moeweave.launch.bench.memory import peak_bytes
 from moeweave.launch.schema import BenchConfig
@@ -44,35 +46,11 @@ from moeweave.parallel.mesh import Mesh
 Line = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Ingredients:
-    """Which of the four are on."""
-
-    rank_local: bool = False
-    quantise: bool = False
-    two_planes: bool = False
-    overlap: bool = False
-
-    @property
-    def name(self) -> str:
-        on = [field.name for field in fields(self) if getattr(self, field.name)]
-        off = [field.name for field in fields(self) if field.name not in on]
-        if len(off) == 1:
-            return f"all but {off[0]}"
-        return "all" if not off else "none" if not on else " + ".join(on)
-
-
-def ways() -> list[Ingredients]:
-    """None of them, each alone, all but each, all."""
-    none, every = Ingredients(), Ingredients(True, True, True, True)
-    names = [field.name for field in fields(Ingredients)]
-    return [none, *(replace(none, **{n: True}) for n in names), *(replace(every, **{n: False}) for n in names), every]
-
-
 def cases(config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
     """A case for each way."""
     layer = Layer(config, mesh)
-    for way in ways():
+    none = NodeIngredients() if "hierarchical" in config.backends else Ingredients()
+    for way in ways(none):
         yield layer.case(way, config)
 
 
@@ -82,7 +60,7 @@ class Layer:
     def __init__(self, config: BenchConfig, mesh: Mesh) -> None:
         self.mesh, self.task = mesh, routed.Task(config, mesh, Codec())
         formats = [codec.dispatch for codec in map(Codec.parse, config.codecs) if codec.dispatch != "none"]
-        self.format, self.share = (formats or ["int8"])[0], config.push_share
+        self.format, self.share, self.num_parts = (formats or ["int8"])[0], config.push_share, config.num_parts
         shape, device, dtype = self.task.shape, mesh.device, self.task.dtype
         ranks = list(range(mesh.world))
         self.push, self.dma = (new_plane_group(plane, ranks, device.type) for plane in ("push", "dma"))
@@ -103,9 +81,10 @@ class Layer:
         return Codec(dispatch=self.format if way.quantise else "none")
 
     def schedule(self, way: Ingredients, timeline: Timeline | None = None) -> ThreeStream:
-        options = ThreeStreamOptions("gathered", self.share if way.two_planes else 1.0, "exact", self.codec(way))
+        options = way.options(self.codec(way), self.share, self.num_parts)
         streams = make_streams(self.mesh.device, overlap=way.overlap, timeline=timeline)
-        return ThreeStream(self.push, self.dma, self.task.shape.experts, streams, options, self.task.shape.topk)
+        shape, nodes = self.task.shape, self.task.nodes
+        return ThreeStream(self.push, self.dma, shape.experts, streams, options, shape.topk, nodes)
 
     @torch.no_grad()
     def forward(self, way: Ingredients, schedule: ThreeStream) -> Tensor:
@@ -119,7 +98,8 @@ class Layer:
         with schedule.computing("shared expert"):
             shared_ND = self.shared(all_ND)
         routes = (ids_NK[own].contiguous(), weights_NK[own].contiguous())
-        return schedule.routed(leaving, self.x_TD, *routes, self._experts, lambda: None) + shared_ND[own]
+        arriving = leaving if schedule.gathered else None
+        return schedule.routed(arriving, self.x_TD, *routes, self._experts, lambda: None) + shared_ND[own]
 
     def _experts(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
         return local_experts(self.weights, rows_RD, offsets_e)
@@ -168,6 +148,7 @@ class Layer:
             return dict(ablation=self._facts(way), peak_memory=peak, spans=spans)
 
         row = shape.hidden * self.task.dtype.itemsize
+        sent = self.sent_bytes(way)
         return Case(
             "moe_layer",
             way.name,
@@ -176,31 +157,40 @@ class Layer:
             config.dtype,
             Work(run, results.clear, off),
             logical_bytes=self.task.remote_pairs * row * 2,
-            wire_bytes=self.wire_bytes(way),
+            wire_bytes=sent[0],
+            network_bytes=sent[1],
             label="ablation",
             graph=False,
             sides=sides,
             facts=facts,
         )
 
-    def wire_bytes(self, way: Ingredients) -> int:
-        """What leaves this rank: gathered rows and scales, ids, and a row a remote route back."""
-        shape, others = self.task.shape, self.mesh.world - 1
-        item = self.task.dtype.itemsize
-        there = shape.hidden + 4 if way.quantise else shape.hidden * item
-        arriving = self.route(torch.cat([self.task.tokens(each) for each in range(self.mesh.world)]))[0]
-        here = (arriving >= self.task.first) & (arriving < self.task.first + self.task.num_local)
-        here[self.mesh.rank * shape.tokens : (self.mesh.rank + 1) * shape.tokens] = False
-        return others * shape.tokens * (there + 8 * shape.topk) + int(here.sum()) * shape.hidden * item
+    def sent_bytes(self, way: Ingredients) -> tuple[int, int]:
+        """What leaves this rank, and of that its node: rows there and back, scales, ids and by node the weights."""
+        shape, item = self.task.shape, self.task.dtype.itemsize
+        there, back = shape.hidden + 4 if way.quantise else shape.hidden * item, shape.hidden * item
+        ids_TK = self.route(self.x_TD)[0]
+        rows = traffic.count(ids_TK, self.mesh.rank, self.task.num_local, self.task.nodes)
+        if isinstance(way, NodeIngredients):
+            unit, about = ("by_node", 8 * shape.topk) if way.by_node else ("routed", 0)
+            sides = [n * (there + back) for n in rows[unit]]
+            sides[0] += rows[unit].across * about
+            if not way.rank_local:
+                sides = [a + n * there for a, n in zip(sides, rows["gathered"], strict=True)]
+        else:
+            # Back goes what came: counted where it is sent, over all ranks the same.
+            returned = [n * back for n in rows["routed"]]
+            sides = [a + n * (there + 8 * shape.topk) for a, n in zip(returned, rows["gathered"], strict=True)]
+        return sum(sides), sides[0]
 
     def _facts(self, way: Ingredients) -> Line:
         shape = self.task.shape
         tokens = shape.tokens * (1 if way.rank_local else self.mesh.world)
         return dict(
-            {field.name: getattr(way, field.name) for field in fields(way)},
+            way.on,
             router_flops=2 * tokens * shape.hidden * shape.experts,
             shared_flops=6 * tokens * shape.hidden * self.shared_hidden,
-            **self._planes_alone(),
+            **({} if isinstance(way, NodeIngredients) else self._planes_alone()),
         )
 
     def _planes_alone(self) -> Line:
@@ -254,8 +244,8 @@ def relate(lines: list[Line]) -> None:
             line["slowdown"] = {name: line["sides"][name] / other[name] for name in told}
 
 
-def _key(line: Line) -> tuple[bool, ...]:
-    return tuple(line["ablation"][name] for name in ("rank_local", "quantise", "two_planes"))
+def _key(line: Line) -> tuple[bool | None, ...]:
+    return tuple(line["ablation"].get(name) for name in ("rank_local", "by_node", "quantise", "two_planes"))
 
 
 def table(lines: list[Line]) -> list[str]:
@@ -263,16 +253,23 @@ def table(lines: list[Line]) -> list[str]:
     found = [line for line in lines if "ablation" in line]
     if not found:
         return []
-    head = f"# {'ingredients':>20} {'time':>10} {'gain':>6} {'exposed':>10} {'wire':>12} {'router FLOP':>12}"
-    out = ["#", "# ablation", f"{head} {'shared FLOP':>12} {'peak bytes':>12}  slow-down of each side"]
+    head = f"# {'ingredients':>24} {'time':>10} {'gain':>6} {'exposed':>10} {'wire':>12} {'network':>12}"
+    out = [
+        "#",
+        "# ablation",
+        f"{head} {'router FLOP':>12} {'shared FLOP':>12} {'peak bytes':>12}  slow-down of each side",
+    ]
     for line in found:
         facts, slower = line["ablation"], line.get("slowdown", {})
         sides = " ".join(f"{name} {value:.2f}x" for name, value in slower.items()) or "-"
-        sent = line["wire_bytes"] // line["ranks"]
+        sent, across = (line[name] // line["ranks"] for name in ("wire_bytes", "network_bytes"))
         out.append(
-            f"# {line['backend']:>20} {line['median']:>10.1f} {line['gain']:>6.2f} {line['sides']['exposed']:>10.1f} "
-            f"{sent:>12} {facts['router_flops']:>12} {facts['shared_flops']:>12} {line['peak_memory']:>12}  {sides}"
+            f"# {line['backend']:>24} {line['median']:>10.1f} {line['gain']:>6.2f} {line['sides']['exposed']:>10.1f} "
+            f"{sent:>12} {across:>12} {facts['router_flops']:>12} {facts['shared_flops']:>12} "
+            f"{line['peak_memory']:>12}  {sides}"
         )
     facts = found[-1]["ablation"]
+    if "both_us" not in facts:
+        return out
     push, dma, both = (facts[f"{name}_us"] for name in ("push", "dma", "both"))
     return [*out, f"# rows on push {push:.1f}, on dma {dma:.1f}, on both {both:.1f} us: {min(push, dma) / both:.2f}x"]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moeweave.comm.engines import shares_memory
+from moeweave.comm.peers import host_name
 from moeweave.comm.topology import Topology
 from moeweave.launch import runlog
 from moeweave.launch.bench import collectives
@@ -27,9 +28,13 @@ LATENCY = "all_to_all, smallest"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: its host, its device there, and whom of the host's devices it reaches, and how."""
+    """Where a rank is: its host, its device there, and whom of the host's devices it reaches, and how.
+
+    memory: of CPU ranks, the same where they can share memory, as hosts of one name need not; "" where nothing tells.
+    """
 
     host: str
+    memory: str
     index: int
     name: str
     reaches: list[bool]
@@ -110,14 +115,18 @@ def table(found: Topology) -> list[str]:
 
 def _place(device: torch.device) -> Place:
     host = socket.gethostname()
+    try:
+        memory = host_name()
+    except OSError:
+        memory = ""
     if device.type != "cuda":
-        return Place(host, device.index or 0, device_name(device), [], [])
+        return Place(host, memory, device.index or 0, device_name(device), [], [])
     index = torch.cuda.current_device()
     count = torch.cuda.device_count()
     reaches = [other == index or torch.cuda.can_device_access_peer(index, other) for other in range(count)]
     links = _driver_links()
     # With some devices hidden, the driver's numbers are not torch's.
-    return Place(host, index, device_name(device), reaches, links.get(index, []) if len(links) == count else [])
+    return Place(host, memory, index, device_name(device), reaches, links.get(index, []) if len(links) == count else [])
 
 
 def device_name(device: torch.device) -> str:
@@ -144,15 +153,19 @@ def parse_links(text: str) -> dict[int, list[str]]:
 
 def _access(where: list[Place], device: str) -> list[list[bool | None]]:
     def reach(a: Place, b: Place) -> bool:
-        if a.host != b.host:
+        if not _is_one_host(a, b, device):
             return False
         return device == "cpu" or (b.index < len(a.reaches) and a.reaches[b.index])
 
     return [[reach(a, b) if a is not b else None for b in where] for a in where]
 
 
+def _is_one_host(a: Place, b: Place, device: str) -> bool:
+    return a.host == b.host and (device != "cpu" or a.memory == b.memory)
+
+
 def _link(a: Place, b: Place, device: str) -> str:
-    if a.host != b.host:
+    if not _is_one_host(a, b, device):
         return "network"
     if device == "cpu":
         return "memory"

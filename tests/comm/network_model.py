@@ -16,8 +16,8 @@ from moeweave.comm.nodes import Nodes
 RESULTS = Path(__file__).parents[1] / "results"
 RANKS_PER_NODE = 8
 RANKS = [2**power for power in range(3, 12)]
-# Eight accelerators a node: a 400 Gbit/s card and 300 GB/s of the fast links each.
-LINKS = Links(network=8 * 5e10, local=8 * 3e11, latency=5e-6)
+# Eight accelerators a node: a 400 Gbit/s card, 300 GB/s of the fast links and 1.5 TB/s of decoded rows each.
+LINKS = Links(network=8 * 5e10, local=8 * 3e11, latency=5e-6, decode=8 * 1.5e12)
 SHAPE = dict(tokens=4096, hidden=7168, experts=2048, top_k=8)
 FORMATS = ("none", "fp8")
 

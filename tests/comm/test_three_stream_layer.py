@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeweave.comm.codec import Codec
+from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatchers.select import make_dispatcher
+from moeweave.comm.nodes import Nodes
 from moeweave.comm.pending import Pending
 from moeweave.comm.streams import HostStreams, make_streams
 from moeweave.comm.three_stream import ThreeStream
@@ -22,7 +25,7 @@ from moeweave.comm.three_stream_options import ThreeStreamOptions
 from moeweave.comm.timeline import Span, Timeline
 from moeweave.kernels_ext.tolerance import assert_close
 from nan_empty import nan_empty
-from plain_moe import Case, ids_of, leaves_of, plain, probe_of, run_experts, tokens_of
+from plain_moe import Case, ids_of, leaves_of, plain, probe_of, run_experts, tokens_of, two_nodes
 from run_ranks import run_ranks
 
 CASES = [
@@ -50,11 +53,15 @@ class _TimedTanh(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Way:
-    """How the layer runs: with this schedule, or (None) through a dispatcher; `share` is tanh of the tokens."""
+    """How the layer runs: with this schedule, or (None) through a dispatcher; the shared expert is tanh of the tokens.
+
+    nodes: the node of each rank; () for two halves.
+    """
 
     options: ThreeStreamOptions | None
     dispatcher: dict[str, Any] = field(default_factory=dict)
     overlap: bool = True
+    nodes: tuple[int, ...] = ()
 
     @staticmethod
     def shared(timeline: Timeline | None) -> Callable[[Tensor], Tensor]:
@@ -65,19 +72,20 @@ class Way:
         rank = dist.get_rank()
         x_TD, weights_TK, mine = leaves_of(case, rank)
         experts = lambda rows, offsets: run_experts(mine, rows, offsets)  # noqa: E731
+        streams = make_streams("cpu", overlap=self.overlap, timeline=timeline)
         if self.options is None:
-            dispatcher = make_dispatcher(group=dist.group.WORLD, num_experts=case.num_experts, **self.dispatcher)
+            settings = dict(self.dispatcher, nodes=self.nodes or two_nodes(case.world))
+            dispatcher = make_dispatcher(group=dist.group.WORLD, num_experts=case.num_experts, **settings)
             arrived = dispatcher.dispatch(x_TD, ids_of(case, rank), weights_TK)
             y_TD = dispatcher.combine(experts(arrived.rows_RD, arrived.offsets_e), weights_TK, arrived)
             y_TD = y_TD + torch.tanh(x_TD)
         else:
             groups = [dist.new_group(list(range(case.world))) for _ in range(2)]
-            streams = make_streams("cpu", overlap=self.overlap, timeline=timeline)
-            schedule = ThreeStream(*groups, case.num_experts, streams, self.options, case.top_k)
+            nodes = Nodes.of(self.nodes or two_nodes(case.world))
+            schedule = ThreeStream(*groups, case.num_experts, streams, self.options, case.top_k, nodes)
             y_TD = schedule.layer(x_TD, lambda x: (ids_of(case, rank), weights_TK), experts, self.shared(timeline))
         y_TD.backward(probe_of(case, rank))
-        if self.options is not None:
-            streams.close()
+        streams.close()
         return [y_TD.detach(), x_TD.grad, weights_TK.grad, mine.grad]
 
 
@@ -104,6 +112,36 @@ def test_same_bits_as_the_dispatcher(case: Case, way: str) -> None:
     options, dispatcher = WAYS[way]
     plainly = Way(None, {**dispatcher, "codec": options.codec})
     for rank, (found, want) in enumerate(run_ranks(case.world, both, case, Way(options), plainly)):
+        for index, (a, b) in enumerate(zip(found, want, strict=True)):
+            assert torch.equal(a, b), f"rank {rank}: {index} differs by {(a - b).abs().max()}"
+
+
+BY_NODE = dict(form="hierarchical", combine="prereduced")
+EVERY_CODEC = Codec(dispatch="int8", combine="fp8", dispatch_backward="fp8_e5m2", combine_backward="int8")
+BY_NODE_CASES = [
+    *(pytest.param(case, (), {}, Codec(), id=case.name) for case in CASES),
+    pytest.param(CASES[4], (), dict(num_parts=5), EVERY_CODEC, id="parts-of-no-token-coded"),
+    pytest.param(CASES[4], (), dict(num_parts=0), EVERY_CODEC, id="all-at-once-coded"),
+    pytest.param(CASES[4], (0, 0, 0, 0), {}, Codec(dispatch="fp8"), id="one-node"),
+    pytest.param(CASES[4], (0, 1, 2, 3), dict(max_tokens=16), Codec(), id="nodes-of-one-rank-fixed-windows"),
+]
+WIDE = [Case((5, 0, 1, 9, 17, 2), num_experts=12, routing=r, top_k=k) for r in ("holes", "hot", "none") for k in (1, 5)]
+WIDE += [Case((5, 0, 1, 9, 17, 2, 3, 8), top_k=4, dtype=dtype) for dtype in (torch.bfloat16, torch.float64)]
+for case in WIDE:
+    lie = (0, 0, 1, 1, 2, 2) if case.world == 6 else (0, 0, 0, 0, 1, 1, 1, 1)
+    for parts, codec in ((1, Codec()), (3, Codec()), (2, EVERY_CODEC)):
+        name = f"{case.name}-{parts}-{codec.dispatch}"
+        marks = pytest.mark.slow
+        BY_NODE_CASES.append(pytest.param(case, lie, dict(num_parts=parts), codec, id=name, marks=marks))
+
+
+@pytest.mark.parametrize("case, nodes, options, codec", BY_NODE_CASES)
+def test_by_node_has_the_bits_of_the_hierarchical_dispatcher(
+    case: Case, nodes: tuple[int, ...], options: dict[str, Any], codec: Codec
+) -> None:
+    way = Way(ThreeStreamOptions(**BY_NODE, codec=codec, **options), nodes=nodes)
+    plainly = Way(None, dict(name="hierarchical", codec=codec), nodes=nodes)
+    for rank, (found, want) in enumerate(run_ranks(case.world, both, case, way, plainly)):
         for index, (a, b) in enumerate(zip(found, want, strict=True)):
             assert torch.equal(a, b), f"rank {rank}: {index} differs by {(a - b).abs().max()}"
 
@@ -205,6 +243,62 @@ def test_gradients_are_overlapped_too(form: str, combine: str) -> None:
         assert rows.start < shared.start < shared.end < rows.end, "posted before, joined after the shared expert's"
 
 
+def test_by_node_on_one_rank() -> None:
+    case = Case((7,), routing="holes", top_k=3)
+    x_TD, weights_TK, mine = leaves_of(case, 0)
+    options = ThreeStreamOptions(**BY_NODE)
+    schedule = ThreeStream(None, None, case.num_experts, make_streams("cpu"), options)
+    routes = ids_of(case, 0), weights_TK
+    y_TD = schedule.layer(x_TD, lambda x: routes, lambda rows, offsets: run_experts(mine, rows, offsets))
+    y_TD.backward(probe_of(case, 0))
+    (want,) = plain(case)
+    assert_close("y_TD", y_TD.detach(), want.y_TD, case.dtype)
+    assert_close("x_TD", x_TD.grad, want.grad_x_TD, case.dtype)
+    schedule.streams.close()
+    with pytest.raises(RuntimeError, match=r"form \('hierarchical'\) must run outside of compiled code.*Use a"):
+        schedule._engine[1].fake_moves(ids_of(case, 0), int)
+
+
+class Gate:
+    """The network between nodes, which carries each part of the rows only once others were seen to end."""
+
+    def __init__(self, comm: Communicator, timeline: Timeline, awaited: list[str]) -> None:
+        self.comm, self.timeline, self.awaited = comm, timeline, awaited
+        self.rank, self.size = comm.rank, comm.size
+
+    def all_to_all(self, *args: Any, **kwargs: Any) -> Any:
+        name, deadline = self.awaited.pop(0), time.monotonic() + 60
+        while not any(span.name == name for span in self.timeline.spans()):
+            assert time.monotonic() < deadline, f"{name} waits for a part that has not left"
+            time.sleep(0.001)
+        return self.comm.all_to_all(*args, **kwargs)
+
+
+def gated(case: Case) -> tuple[list[str], Tensor]:
+    """Names of the spans by start, and the output, with a network that waits for what must not wait for it."""
+    rank, timeline = dist.get_rank(), Timeline()
+    groups, streams = [dist.new_group() for _ in range(2)], make_streams("cpu", timeline=timeline)
+    schedule = ThreeStream(*groups, case.num_experts, streams, ThreeStreamOptions(**BY_NODE), nodes=Nodes(2, 2))
+    _, engine = schedule._engine
+    engine.across = Gate(engine.across, timeline, ["spread 0", "spread 1", "sums 2", "sums 0"])
+    x_TD, weights_TK, mine = leaves_of(case, rank)
+    with torch.no_grad():
+        experts = lambda rows, offsets: run_experts(mine, rows, offsets)  # noqa: E731
+        y_TD = schedule.layer(x_TD, lambda x: (ids_of(case, rank), weights_TK), experts, torch.tanh)
+    streams.close()
+    assert not engine.across.awaited, "every part crossed"
+    return [span.name for span in timeline.spans() if span.stream == "push"], y_TD
+
+
+def test_a_part_spreads_inside_the_node_while_the_next_crosses() -> None:
+    case = Case((6, 9, 3, 11), routing="holes", top_k=4)
+    answers = plain(case)
+    for rank, (names, y_TD) in enumerate(run_ranks(4, gated, case)):
+        there, back = ["ids and weights", "spread 0", "spread 1", "spread 2"], ["sums 1", "sums 2", "sums 0"]
+        assert names == there + back
+        assert_close("y_TD", y_TD - torch.tanh(tokens_of(case, rank)), answers[rank].y_TD, case.dtype)
+
+
 def test_helper_thread_starts_late_and_ends() -> None:
     before = threading.active_count()
     streams = HostStreams()
@@ -223,6 +317,8 @@ def test_helper_thread_starts_late_and_ends() -> None:
         (dict(push_share=1.5), "push_share"),
         (dict(combine="sum"), "combine"),
         (dict(form="routed", combine="prereduced"), "gathered"),
+        (dict(form="hierarchical"), r"combine \('exact'\) has no form='hierarchical'. Set combine='prereduced'"),
+        (dict(num_parts=-1), r"num_parts \(-1\) must be at least 0"),
         (dict(max_tokens=16), "prereduced"),
     ],
 )

@@ -12,6 +12,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -122,6 +123,30 @@ def shape(names: Sequence[str], rate: str) -> None:
         # A burst of several segments as the kernel hands them on, and a queue of 50 ms, as switches have.
         limit = ("tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
         _run("tc", "-n", name, "qdisc", "replace", "dev", "eth0", "root", *limit)
+
+
+def over_nodes(names: Sequence[str], ranks_per_node: int, program: Sequence[str], timeout: float) -> list[str]:
+    """What a program printed on each node, run by as many ranks in each namespace, under a torchrun agent each.
+
+    program: what follows torchrun's own arguments. Raises RuntimeError with all nodes' output where one failed.
+    """
+    nodes = [_agent(name, node, ranks_per_node, program) for node, name in enumerate(names)]
+    try:
+        texts = [node.communicate(timeout=timeout)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    if any(node.returncode for node in nodes):
+        raise RuntimeError("\n".join(texts))
+    return texts
+
+
+def _agent(name: str, node: int, ranks_per_node: int, program: Sequence[str]) -> subprocess.Popen[str]:
+    agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", f"--nproc-per-node={ranks_per_node}"]
+    agent += [f"--master-addr={ADDRESSES[0]}", "--master-port=29500", f"--local-addr={ADDRESSES[node]}"]
+    command = ["ip", "netns", "exec", name, sys.executable, *agent, *program]
+    variables = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def enter(name: str) -> None:

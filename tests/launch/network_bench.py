@@ -8,14 +8,13 @@ Mbit/s each way. Needs root and iproute2.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from namespaces import ADDRESSES, shape, two_networks, why_not
+from namespaces import over_nodes, shape, two_networks, why_not
 
 RATE = "200mbit"
 RANKS_PER_NODE = 4
@@ -43,10 +42,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, two_networks() as names:
         if rate is not None:
             shape(names, rate)
-        nodes = [_start(name, node, ranks_per_node, [*arguments, f"out={folder}"]) for node, name in enumerate(names)]
-        texts = [node.communicate(timeout=1500)[0] for node in nodes]
-        if any(node.returncode for node in nodes):
-            raise RuntimeError("\n".join(texts))
+        over_nodes(names, ranks_per_node, ["-m", "moeweave.launch.bench", *arguments, f"out={folder}"], timeout=1500)
         return [json.loads(line) for line in (Path(folder) / "bench.jsonl").read_text().splitlines()]
 
 
@@ -56,14 +52,6 @@ def _alone(arguments: list[str]) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "moeweave.launch.bench", *arguments, f"out={folder}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
         return [json.loads(line) for line in (Path(folder) / "bench.jsonl").read_text().splitlines()]
-
-
-def _start(name: str, node: int, ranks_per_node: int, arguments: list[str]) -> subprocess.Popen[str]:
-    agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", f"--nproc-per-node={ranks_per_node}"]
-    agent += [f"--master-addr={ADDRESSES[0]}", "--master-port=29500", f"--local-addr={ADDRESSES[node]}"]
-    command = ["ip", "netns", "exec", name, sys.executable, *agent, "-m", "moeweave.launch.bench", *arguments]
-    variables = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def main(arguments: list[str]) -> int:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from moeweave.comm.timeline import STREAMS
-from moeweave.launch.bench import ablation, report
+from moeweave.launch.bench import report
+from moeweave.launch.bench.ablation_ways import Ingredients, NodeIngredients
+from moeweave.launch.bench.ablation_ways import ways as all_ways
 from moeweave.launch.bench.program import bench
 from moeweave.launch.schema import BenchConfig
 from run_ranks import run_ranks
@@ -24,7 +27,7 @@ def lines(world: int, values: dict[str, Any]) -> list[dict[str, Any]]:
 def test_every_way_is_right_and_counted(world: int, codec: str, share: float, tmp_path: Path) -> None:
     found = run_ranks(world, lines, world, dict(codec=codec, push_share=share))[0]
     ways = {line["backend"]: line for line in found if "ablation" in line}
-    assert list(ways) == [way.name for way in ablation.ways()] and len(ways) == 10
+    assert list(ways) == [way.name for way in all_ways(Ingredients())] and len(ways) == 10
     assert all(line["wrong"] == 0 for line in found)
     none, every = ways["none"], ways["all"]
     assert none["gain"] == 1.0 and none["peak_memory"] > 13 * 32 * 4
@@ -42,3 +45,26 @@ def test_every_way_is_right_and_counted(world: int, codec: str, share: float, tm
         events = json.loads((tmp_path / f"timeline-{name}.json").read_text())["traceEvents"]
         assert {event["tid"] for event in events} <= set(STREAMS)
         assert {"router", "shared expert", "experts", "rows", "results"} <= {event["name"] for event in events}
+
+
+def between_nodes(world: int) -> list[dict[str, Any]]:
+    """The second half of the ranks say that they are on another host."""
+    from moeweave.comm import nodes, peers
+
+    if dist.get_rank() >= world // 2:
+        nodes.host_name = peers.host_name = lambda: "elsewhere"
+    return lines(world, dict(backend="hierarchical", codec="fp8", num_parts=3))
+
+
+def test_every_way_between_nodes_is_right_and_counted() -> None:
+    found = run_ranks(4, between_nodes, 4, fresh=True)[0]
+    ways = {line["backend"]: line for line in found if "ablation" in line}
+    assert list(ways) == [way.name for way in all_ways(NodeIngredients())] and len(ways) == 12
+    assert all(line["wrong"] == 0 for line in found)
+    none, every = ways["none"], ways["all"]
+    assert none["ablation"]["router_flops"] == 4 * every["ablation"]["router_flops"]
+    sent = {name: line["network_bytes"] for name, line in ways.items()}
+    # Top-3 of 8 experts on 2 nodes: some tokens need both experts of a rank of the other node, or both its ranks.
+    assert sent["all"] < sent["all but by_node"] < sent["none"] and sent["all"] < sent["all but quantise"]
+    assert sent["all"] == sent["all but two_planes"] == sent["all but overlap"] < sent["all but rank_local"]
+    assert "all but by_node" in report.table(found, {"device_name": "cpu", "ranks": 4, "versions": {"torch": "2"}})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from moeweave.comm.topology import Topology
 from moeweave.launch.bench import report
@@ -40,6 +41,23 @@ def test_the_file_holds_what_was_measured(tmp_path: Path, world: int) -> None:
     table = report.table(found, found[0]["context"])
     assert "GB/s, torch, 960 bytes, from (down) to (across)" in table
     assert "link, from (down) to (across)" in table
+
+
+def on_two_hosts_of_one_name(path: str) -> None:
+    """Ranks 2 and 3 share no memory with the others, under the same host name."""
+    from moeweave.comm import nodes, peers
+    from moeweave.launch.bench import topology
+
+    if dist.get_rank() >= 2:
+        nodes.host_name = peers.host_name = topology.host_name = lambda: "elsewhere"
+    lines(4, path, None)
+
+
+def test_hosts_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    run_ranks(4, on_two_hosts_of_one_name, str(tmp_path / "topology.json"), fresh=True)
+    topology = Topology.load(tmp_path / "topology.json")
+    assert topology.nodes == [0, 0, 2, 2] and not topology.is_one_memory
+    assert topology.links[0] == [None, "memory", "network", "network"]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import hf_zoo
+from faked_nodes import write_nodes
 from moeweave.moe.layer import MoELayer
 from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.parallelize import parallelize
@@ -53,6 +55,42 @@ def test_same_bits_as_unscheduled(
         assert found.keys() == plain.keys() and len(found) > 5
         differing = [key for key in plain if not torch.equal(found[key], plain[key])]
         assert not differing, f"rank {rank}"
+
+
+BY_NODE = dict(dispatcher="hierarchical", three_stream_form="hierarchical")
+BY_NODE_CASES = [
+    pytest.param("deepseek_v3", dict(dp=4, ep=4), {**BY_NODE, "codec": "fp8"}, (2,), id="fp8"),
+    pytest.param("qwen2_moe", dict(dp=4, ep=4), {**BY_NODE, "recompute": True}, (2,), id="recompute"),
+    pytest.param(
+        "packed", dict(dp=4, ep=4), dict(dispatcher="auto"), (2, 1, 1, 3), id="both-auto", marks=pytest.mark.slow
+    ),
+]
+
+
+@pytest.mark.parametrize("name, sizes, plan, rows", BY_NODE_CASES)
+def test_same_bits_between_nodes(
+    name: str, sizes: dict[str, int], plan: dict[str, Any], rows: tuple[int, ...], tmp_path: Path
+) -> None:
+    test_same_bits_as_unscheduled(name, sizes, {**plan, "topology": write_nodes(tmp_path, (0, 0, 1, 1))}, rows)
+
+
+def forms(plan: dict[str, Any]) -> list[str]:
+    """Of the schedule of each layer."""
+    model = nn.Sequential(*[MoELayer(16, 24, 8, 3) for _ in range(2)])
+    parallelize(model, Mesh(dp=4, ep=4), Plan(overlap="three_stream", **plan))
+    schedules = [call.route.__self__.schedule for call in vars(model)["_moeweave"].calls]
+    return ["hierarchical" if s.by_node else "gathered" if s.gathered else "routed" for s in schedules]
+
+
+def test_auto_takes_the_form_of_the_nodes(tmp_path: Path) -> None:
+    two, one = (write_nodes(tmp_path, nodes) for nodes in ((0, 0, 1, 1), (0, 0, 0, 0)))
+    for plan, form in (
+        (dict(topology=two), "hierarchical"),
+        (dict(topology=two, combine="exact"), "gathered"),
+        (dict(topology=one), "gathered"),
+        (dict(), "routed"),
+    ):
+        assert run_ranks(4, forms, plan) == [[form] * 2] * 4
 
 
 def own_layer(plan: dict[str, Any]) -> list[Tensor]:
