@@ -134,7 +134,7 @@ class PostSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_RD, _weights_R = ctx.way.join_back()
-        return *grads_of_sums(ctx, grad_RD), None, None, None
+        return *grads_of_sums(ctx.saved_tensors, ctx.settings, grad_RD), None, None, None
 
 
 class JoinSums(torch.autograd.Function):

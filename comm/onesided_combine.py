@@ -67,18 +67,20 @@ def backward_sums(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
 
     All ranks exchange the weights' gradient, wanted here or not: whether it is may differ between them.
     """
-    _, weights_TK, _, *moves = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once, as checkpointed activations can be
+    _, weights_TK, _, *moves = saved
     grad_RD, _ = onesided_resend(grad_TD, weights_TK.detach(), moves, ctx.settings.backward.text)
-    return grads_of_sums(ctx, grad_RD)
+    return grads_of_sums(saved, ctx.settings, grad_RD)
 
 
-def grads_of_sums(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """What `backward_sums` returns, from the tokens' gradients as they came to the rows [R, D]."""
-    rows_RD, weights_TK, weights_R, *moves = ctx.saved_tensors
+def grads_of_sums(saved: tuple[Tensor, ...], settings: Settings, grad_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """What `backward_sums` returns, from what `save_sums` kept and the tokens' gradients as they came to the rows
+    [R, D]."""
+    rows_RD, weights_TK, weights_R, *moves = saved
     grad_RD = grad_RD.to(wide(grad_RD.dtype))
     used = rows_RD[: grad_RD.shape[0]].to(grad_RD.dtype)
     dots_R1 = row_dots(grad_RD, used).unsqueeze(1)
-    returned = onesided_return_rows(dots_R1, moves, *weights_TK.shape, ctx.settings.backward.uncoded.text)
+    returned = onesided_return_rows(dots_R1, moves, *weights_TK.shape, settings.backward.uncoded.text)
     grad_rows = (grad_RD * weights_R.unsqueeze(1).to(grad_RD.dtype)).to(rows_RD.dtype)
     return pad_rows(grad_rows, rows_RD.shape[0]), returned.squeeze(2).to(weights_TK.dtype)
 
