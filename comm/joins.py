@@ -142,7 +142,7 @@ class PostPrereduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *grads_of_prereduced(ctx, ctx.way.join()), None, None, None
+        return *grads_of_prereduced(ctx, ctx.saved_tensors, ctx.way.join()), None, None, None
 
 
 class JoinPrereduced(torch.autograd.Function):

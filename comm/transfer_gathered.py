@@ -145,15 +145,16 @@ def save_prereduced(
 
 def backward_prereduced(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of rows_RD and of weights_TK."""
-    _, _, route_R, max_tokens, *moves = ctx.saved_tensors
+    saved = ctx.saved_tensors  # recomputation gives them out once
+    _, _, route_R, max_tokens, *moves = saved
     group, format, scale = ctx.settings
     grad_RD = gather_rows(grad_TD, route_R, max_tokens, *moves, ctx.weights_shape[1], group, format, "none", scale)
-    return grads_of_prereduced(ctx, grad_RD)
+    return grads_of_prereduced(ctx, saved, grad_RD)
 
 
-def grads_of_prereduced(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """What `backward_prereduced` returns, from the tokens' gradients as they came to the rows [R, D]."""
-    rows_RD, weights_R, route_R, _, *moves = ctx.saved_tensors
+def grads_of_prereduced(ctx: Any, saved: tuple[Tensor, ...], grad_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """What `backward_prereduced` returns, from what was saved and the tokens' gradients, as they came to rows [R, D]."""
+    rows_RD, weights_R, route_R, _, *moves = saved
     group = ctx.settings[0]
     grad_RD, used = grad_RD.to(wide(grad_RD.dtype)), rows_RD[: route_R.shape[0]]
     products_R1 = (grad_RD * used).sum(1, keepdim=True)

@@ -207,6 +207,8 @@ def _end_with_the_network(address: str, port: int, seconds: int) -> None:
             if not path.is_socket():
                 continue
             with socket.socket(fileno=os.dup(int(path.name))) as connection:
+                if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
                 host, number, *_ = connection.getpeername()
                 if (host.removeprefix("::ffff:"), number) == (address, port):
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
