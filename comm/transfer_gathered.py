@@ -153,7 +153,7 @@ def backward_prereduced(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grads_of_prereduced(ctx: Any, saved: tuple[Tensor, ...], grad_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """What `backward_prereduced` returns, from what was saved and the tokens' gradients, as they came to rows [R, D]."""
+    """What `backward_prereduced` returns; `grad_RD` holds the tokens' gradients as they came to the rows."""
     rows_RD, weights_R, route_R, _, *moves = saved
     group = ctx.settings[0]
     grad_RD, used = grad_RD.to(wide(grad_RD.dtype)), rows_RD[: route_R.shape[0]]
