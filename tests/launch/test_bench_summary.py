@@ -46,5 +46,6 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_lines_without_the_two_backends_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = tmp_path / "bench.jsonl"
     given.write_text(json.dumps(LINES[0]) + "\n")
-    assert summary.main([str(given), "--out", str(tmp_path / "short")]) == 2
-    assert "has no dispatch by onesided_static and alltoall" in capsys.readouterr().err
+    for path in (given, tmp_path / "missing.jsonl"):
+        assert summary.main([str(path), "--out", str(tmp_path / "short")]) == 2
+        assert f"{path} has no dispatch by onesided_static and alltoall" in capsys.readouterr().err
