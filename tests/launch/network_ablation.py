@@ -50,6 +50,9 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nIts own arguments are {' '.join(ARGUMENTS)}; see moeweave-bench --help for all.")
+        return 0
     reason = why_not(("ip", "tc"))
     if reason is not None:
         print(f"skipped: {reason}")
