@@ -1,7 +1,7 @@
 """An agent whose ranks are forked, which spares each the seconds of importing torch; all else is the agent's own.
 
-`agent_cases [slow] <the agent's arguments> -m moeweave.launch.train <the program's>`. `slow`: after one restart every
-step takes long enough for another agent to join meanwhile.
+`agent_cases [slow] <the agent's arguments> -m moeweave.launch.train <the program's>`. `slow`: the steps before
+the first restart take long enough to lose an agent in them, those before the second for another to join.
 """
 
 import os
@@ -14,7 +14,7 @@ from moeweave.launch import agent, elastic, env, rank, train, trainer
 
 def main(argv):
     if argv[0] == "slow":
-        _slow_after_a_restart()
+        _slow_until_two_restarts()
         argv = argv[1:]
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     honest = agent._config
@@ -38,11 +38,11 @@ def _rank(*words):
         sys.exit(code)
 
 
-def _slow_after_a_restart():
+def _slow_until_two_restarts():
     honest = trainer._step
 
     def slow(training):
-        time.sleep(0.5 if env.launched_ranks().restarts == 1 else 0)
+        time.sleep({0: 0.1, 1: 1.5}.get(env.launched_ranks().restarts, 0))
         return honest(training)
 
     trainer._step = slow
