@@ -61,7 +61,7 @@ def choose(
     """-> dispatcher name and the reason. Depends only on arguments that are equal on every rank.
 
     shared: the ranks can write into each other's memory. One-sided writes then beat both collectives (T 1024, D 1024,
-    top-8, ep 4 on two CPU cores, fp32: dispatch 5.0 times, combine 2.2 times as fast as the all-to-all,
+    top-8, ep 4 on two CPU cores, fp32: dispatch 3.3 times, combine 5.0 times as fast as the all-to-all,
     `tests/results/onesided_cpu.json`), except for a few tokens, where all three are alike.
 
     nodes: how the ranks lie on several hosts, where the ranks of each share memory. What crosses the network once a
