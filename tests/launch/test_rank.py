@@ -15,7 +15,7 @@ TELL = "import sys\nprint(__name__, sys.argv, sys.path[0], 'beside' in sys.modul
 def python(*words, cwd, **environment):
     variables = {**os.environ, "MOEWEAVE_AGENT": str(os.getpid()), **environment}
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def check_seen(job: Job, value: str, folder: Path, where: Path | None = None) ->
 
 def run_shell(text: str, folder: Path, **environment: str) -> None:
     variables = {**os.environ, **environment}
-    done = subprocess.run(["bash", "-s"], input=text, text=True, cwd=folder, env=variables, check=False, timeout=20)
+    done = subprocess.run(["bash", "-s"], input=text, text=True, cwd=folder, env=variables, check=False, timeout=60)
     assert done.returncode == 0
 
 

@@ -177,7 +177,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, kind):
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     done = run("train", *TINY, "steps=2", f"resume={checkpoint}", cwd=tmp_path)
     assert (done.code, done.left) == (1, ())
-    assert done.seconds < 30
+    assert done.seconds < 90  # far below the timeouts that would end it otherwise
     assert done.err.startswith("moeweave-train: error: rank ")
     assert str(checkpoint) in done.err
 
@@ -227,7 +227,7 @@ def test_a_rank_that_raises_stops_the_run_and_is_read_first(tmp_path):
     np.save(tmp_path / "ids.npy", ids)
     done = run("train", *TINY, "data.path=ids.npy", "steps=50", "batch_size=2", cwd=tmp_path)
     assert (done.code, done.left) == (1, ())
-    assert done.seconds < 30
+    assert done.seconds < 90  # far below the timeouts that would end it otherwise
     lines = done.err.splitlines()
     assert lines[0].startswith("moeweave-train: error: rank ")
     assert "ValueError: data.path=ids.npy: holds token 999, but the model has ids 0 to 255." in lines[0]
