@@ -105,10 +105,9 @@ class SequenceSharing:
             config._attn_implementation_internal = name
 
     def begin(self, given: dict[str, Any], record: Any) -> Span | None:
-        """The span of a forward pass with these arguments; None if each rank runs whole sequences."""
+        """The span of a forward pass with these arguments; None if each rank runs whole sequences. Every stage of a
+        pipeline finds the same one."""
         cache = cache_of(given)
-        if record.pipeline is not None and not torch.is_grad_enabled():
-            return None
         if torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError(

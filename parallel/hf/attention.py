@@ -142,6 +142,8 @@ def fills_by_shards(cache: Any) -> bool:
 
 
 def gather_cache(cache: Any, shards: Shards) -> None:
-    """Make keys and values [B, K, s, d] of a prompt's shards whole on every rank."""
+    """Make keys and values [B, K, s, d] of a prompt's shards whole on every rank. Layers of other pipeline stages count
+    whole prompts already."""
     for layer in cache.layers:
-        layer.keys, layer.values = (shards.gather(x, 2) for x in (layer.keys, layer.values))
+        if layer.keys.shape[2] < shards.length:
+            layer.keys, layer.values = (shards.gather(x, 2) for x in (layer.keys, layer.values))
