@@ -2,6 +2,7 @@
 
 The rows of the batch are shared out over lanes; outputs are put together by rows. What cannot be put together again
 runs in one piece: losses, a cache that already holds tokens (decoding) or whose layers keep less than all of them.
+Under pp the parts of a batch follow each other through the stages instead (`staged_forward.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def install_prefill(model: nn.Module, record: Record) -> None:
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or in_lane() or torch.compiler.is_compiling() or current_span() is not None:
+        apart = in_lane() or record.pipeline is not None or current_span() is not None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or apart:
             return own(*args, **kwargs)
         given = dict(names.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})

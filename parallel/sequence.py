@@ -11,7 +11,7 @@ does; in front of the first layer each rank keeps its own positions, and goes on
 Gradients of what all ranks hold are averaged over dp x sp, as the losses are.
 
 A prompt is shared like any batch, its keys and values put together for the decoding that follows, which every rank does
-by itself. A cache that drops positions (sliding window) is filled by whole prompts.
+by itself. Caches other than transformers' dynamic ones are filled by whole prompts.
 
 Legend: B rows, S positions of the whole sequence, D width.
 """
@@ -31,7 +31,7 @@ from moeweave.comm.communicator import Communicator
 from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.attend import answer_plain_attention, attend_ring, attend_ulysses
 from moeweave.parallel.aux_loss import add_balance_loss, balances, check_routers
-from moeweave.parallel.hf.attention import cache_of, fills_by_shards, gather_cache, masks_by_block, route_attention
+from moeweave.parallel.hf.attention import cache_of, fills_by_shards, keeping_shards, masks_by_block, route_attention
 from moeweave.parallel.mesh import Mesh, MeshSizes
 from moeweave.parallel.mixers import attentions_of, layers_of, num_heads, refuse_own_parameters
 from moeweave.parallel.plan import Plan
@@ -105,10 +105,9 @@ class SequenceSharing:
             config._attn_implementation_internal = name
 
     def begin(self, given: dict[str, Any], record: Any) -> Span | None:
-        """The span of a forward pass with these arguments; None if each rank runs whole sequences."""
+        """The span of a forward pass with these arguments; None if each rank runs whole sequences. Every stage of a
+        pipeline finds the same one."""
         cache = cache_of(given)
-        if record.pipeline is not None and not torch.is_grad_enabled():
-            return None
         if torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError(
@@ -162,10 +161,8 @@ def install_sequence(model: Any, routers: list[nn.Module], sharing: SequenceShar
             return own(*args, **kwargs)
         if takes_cache and cache_of(given) is None:
             kwargs["use_cache"] = False
-        output = _balanced(model, sharing, record, given, span, lambda more: own(*args, **{**kwargs, **more}))
-        if (cache := cache_of(given)) is not None:
-            gather_cache(cache, span.sp)
-        return output
+        with nullcontext() if (cache := cache_of(given)) is None else keeping_shards(cache, span.sp):
+            return _balanced(model, sharing, record, given, span, lambda more: own(*args, **{**kwargs, **more}))
 
     model.forward = forward
 

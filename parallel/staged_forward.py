@@ -3,7 +3,8 @@
 Every rank of a pipeline runs the same loop of transformers over the same tokens. The rows of a forward are cut into
 micro-batches (`row_parts.py`), which follow each other through the stages: a stage receives hidden states, runs its
 layers, sends on, and takes the next micro-batch while the next stage has this one; the last one tells all ranks the
-logits. A rank without a layer still keeps its length in the cache, which positions and masks are made of.
+logits. A rank without a layer still keeps its length in the cache, which positions and masks are made of. Where ranks
+share prompts (`sequence.py`), each stage hands on a rank's positions to the same rank of the next.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _through_stages(pipeline: Pipeline, own: Any, args: tuple[Any, ...], kwargs:
     sending: list[tuple[dist.Work | None, Tensor]] = []
     for stage in pipeline.layout.stages_of(pipeline.record.mesh.dense.get_local_rank("pp")):
         for index, part in enumerate(parts):
-            received = _receive(pipeline, stage, part["input_ids"], hidden[index])
+            received = _receive(pipeline, stage, part, hidden[index])
             outputs[index], hidden[index] = _run_stage(pipeline, stage, own, part, received)
             # Not waited for: the next part is computed while the next stage has this one.
             sending += _send(pipeline, stage, hidden[index])
@@ -113,14 +114,17 @@ def _send(pipeline: Pipeline, stage: int, hidden: Tensor | None) -> list[tuple[d
     return [(dist.isend(hidden, group=_group(pipeline), group_dst=layout.rank_of(stage + 1)), hidden)]
 
 
-def _receive(pipeline: Pipeline, stage: int, ids: Tensor, own: Tensor | None) -> Tensor | None:
-    """Hidden states [B, S, D] of the stage before; `own` where this rank has that one too."""
+def _receive(pipeline: Pipeline, stage: int, given: dict[str, Any], own: Tensor | None) -> Tensor | None:
+    """Hidden states [B, s, D] of the stage before, of this rank's positions; `own` where this rank has that one too."""
     if stage == 0:
         return None
     source = pipeline.layout.rank_of(stage - 1)
     if source == pipeline.record.mesh.dense.get_local_rank("pp"):
         return own
-    hidden = torch.empty(*ids.shape, pipeline.width, dtype=pipeline.dtype, device=ids.device)
+    sharing, ids = pipeline.record.sequence, given["input_ids"]
+    span = None if sharing is None else sharing.begin(given, pipeline.record)
+    held = ids.shape[1] if span is None else span.held
+    hidden = torch.empty(ids.shape[0], held, pipeline.width, dtype=pipeline.dtype, device=ids.device)
     dist.recv(hidden, group=_group(pipeline), group_src=source)
     return hidden
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel
 from moeweave.parallel.schedules import Layout
+from moeweave.parallel.span import current_span
 from moeweave.parallel.stage_ties import Tie, find_tie
 
 
 class Hole(nn.Module):
     """Where another stage has a layer, norm or head: hands its first argument on. Plain attributes (the kind of
-    attention, say) are the original's. In the place of layer `index` it counts the tokens in a cache of keys and
-    values, of which it keeps none."""
+    attention, say) are the original's. In the place of layer `index` it counts the positions in a cache of keys and
+    values, of which it keeps none: those of the whole sequence, where ranks share one."""
 
     def __init__(self, original: nn.Module, index: int | None = None) -> None:
         super().__init__()
@@ -37,7 +38,9 @@ class Hole(nn.Module):
         hidden = args[0] if args else next(iter(kwargs.values()))
         cache = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
         if self.index is not None and cache is not None:
-            empty_BHSD = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            span = current_span()
+            length = hidden.shape[1] if span is None else span.sp.length
+            empty_BHSD = hidden.new_zeros(hidden.shape[0], 1, length, 1)
             cache.update(empty_BHSD, empty_BHSD, self.index)
         return hidden
 

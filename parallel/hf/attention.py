@@ -135,13 +135,30 @@ def cache_of(holder: Any) -> Any:
 
 
 def fills_by_shards(cache: Any) -> bool:
-    """Whether a cache is empty and keeps all that it is given, so that shards of a prompt can be put together in it."""
+    """Whether a cache is empty and grows as it is filled, so that shards of a prompt can be put together in it."""
     layers = getattr(cache, "layers", None)
-    plain = layers is not None and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
-    return plain and cache.get_seq_length() == 0
+    grows = layers is not None and all(type(layer).__name__ in _GROWING for layer in layers)
+    return grows and cache.get_seq_length() == 0
 
 
-def gather_cache(cache: Any, shards: Shards) -> None:
-    """Make keys and values [B, K, s, d] of a prompt's shards whole on every rank."""
-    for layer in cache.layers:
-        layer.keys, layer.values = (shards.gather(x, 2) for x in (layer.keys, layer.values))
+_GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
+
+
+@contextmanager
+def keeping_shards(cache: Any, shards: Shards) -> Iterator[None]:
+    """Layers of an empty `cache` keep shards of keys and values [B, K, s, d] inside. Afterwards each was given them
+    whole, and keeps what it would have: with a window, the last positions. Those of other pipeline stages are given
+    whole prompts inside."""
+    from transformers.cache_utils import DynamicLayer
+
+    own = cache.layers
+    cache.layers = [DynamicLayer() for _ in own]
+    try:
+        yield
+        held = cache.layers
+    finally:
+        cache.layers = own
+    for index, layer in enumerate(held):
+        if layer.is_initialized:
+            whole = (x if x.shape[2] == shards.length else shards.gather(x, 2) for x in (layer.keys, layer.values))
+            cache.update(*whole, index)

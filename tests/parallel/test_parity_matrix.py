@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from parity_matrix import AXES, GRADIENT, MODELS, NORM, ROWS, compare, markdown, name_of, pairs, ranks_of
+from parity_matrix import AXES, GRADIENT, MODELS, NORM, ROWS, compare, markdown, name_of, pairs, ranks_of, sizes_of
 from run_ranks import run_ranks
 from test_pipeline import V_ON_GLOO
 
@@ -56,6 +56,13 @@ def test_every_pair_of_axes_is_compared() -> None:
     assert any(all(row.get(axis, 1) == size for axis, size in five.items()) for row in ROWS)
     assert any(all(row.get(axis, 1) > 1 for axis in AXES) for row in ROWS)
     assert {name_of(row) for row in ROWS if ranks_of(row) == 8} >= set(EIGHT)
+
+
+def test_tokens_cross_nodes_on_every_axis() -> None:
+    meshes = [sizes_of(row) for row in ROWS if row.get("dispatcher") == "hierarchical" and row["nodes"] > 1]
+    axes = [[axis for axis, size in sizes.items() if size > 1] for sizes in meshes]
+    assert set().union(*axes) == {*AXES, "dp_replicate"}
+    assert all("ep" in own for own in axes) and any(len(own) >= 4 for own in axes)
 
 
 def test_the_table_is_of_these_rows_and_in_the_readme() -> None:
