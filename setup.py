@@ -54,6 +54,7 @@ setup(
     package_data={
         "moeweave": ["py.typed"],
         "moeweave.configs": ["**/*.yaml"],
+        "moeweave.kernels_ext.block_signals": ["csrc/*.cu"],
         "moeweave.kernels_ext.onesided": ["csrc/*.cu"],
     },
     install_requires=["torch>=2.11", "numpy", "hydra-core>=1.3", "matplotlib", "pyyaml", "rich", "safetensors"],

@@ -1,0 +1,58 @@
+"""What carries gathered rows for a group: windows of its memory, or nothing, and then collectives do.
+
+A link is made by all ranks of the group together, shared by the schedules over it, and gone with the group.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch.distributed as dist
+
+from moeweave.comm.blocks_cpu import HostBlocks
+from moeweave.comm.blocks_cuda import CudaBlocks, open_blocks
+from moeweave.comm.engines import shares_memory
+from moeweave.comm.engines_cuda import gpus_apart
+from moeweave.comm.three_stream_options import ThreeStreamOptions
+from moeweave.comm.window_planes import BlockLink
+
+_OF_GROUP: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, BlockLink]] = weakref.WeakKeyDictionary()
+
+
+def link_of(group: dist.ProcessGroup | None, options: ThreeStreamOptions) -> BlockLink | None:
+    """The link that `options.planes` wants for `group`, None for collectives. A collective the first time.
+
+    Raises:
+        ValueError: windows were asked for by name and cannot be had.
+    """
+    if group is None or options.planes == "collectives" or dist.get_world_size(group) == 1:
+        return None
+    backend = dist.get_backend_config(group)
+    if "nccl" in backend:
+        return _cuda_link(group, options) if options.planes == "windows" else None
+    if "gloo" in backend and shares_memory(group):
+        links = _OF_GROUP.setdefault(group, {})
+        return links.setdefault(0, links.get(0) or HostBlocks(group))
+    if options.planes == "windows":
+        raise ValueError(
+            f"planes ('windows') needs CPU ranks of one host, or NVIDIA GPUs that reach each other; this group "
+            f"({backend}) has neither. Leave out planes, or set planes='collectives'."
+        )
+    return None
+
+
+def _cuda_link(group: dist.ProcessGroup, options: ThreeStreamOptions) -> CudaBlocks:
+    if options.max_tokens is None:
+        raise ValueError(
+            "planes ('windows') between GPUs needs max_tokens, for windows of fixed sizes. Set max_tokens and "
+            "combine='prereduced', or planes='collectives'."
+        )
+    links = _OF_GROUP.setdefault(group, {})
+    link = links.get(options.num_sms)
+    if link is None:
+        reason = gpus_apart(group)
+        if reason is not None:
+            raise ValueError(f"planes ('windows') must be 'collectives' here: {reason}.")
+        link = links[options.num_sms] = open_blocks(group, options.num_sms)
+    assert isinstance(link, CudaBlocks)
+    return link
