@@ -17,8 +17,8 @@ Each rank holds its own tokens. Router and shared expert run on these alone, and
 
 `push_share` is the part of rows and results that takes the push plane, where both planes reach every rank. Splitting
 changes no bit. Planes are collectives (`two_planes`), or of gathered rows writes into windows (`window_planes`).
-Gradients go back over both planes as well, straight through and a row a route (of the hierarchical form in parts, as the
-rows went):
+Gradients go back over both planes as well, straight through and a row a route (of the hierarchical form in parts, as
+the rows went):
 
     dma, push   results' gradients                               rows' gradients
     compute     weights' gradients           experts' backward   shared expert's backward      sum, router's backward

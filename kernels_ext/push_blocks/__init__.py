@@ -53,7 +53,8 @@ def push(x_WN: Tensor, peers: PeerWindows, *, num_programs: int = 0, impl: str =
     """Write row p of `x_WN` to row `rank` of rank p's window, for every p but this rank.
 
     x_WN: uint8 [W, N], each row contiguous; rows may lie apart, or be one row (expanded). num_programs: how many
-    programs of the kernel share the work; 0 is one for each multiprocessor. Raises ValueError on other shapes, or an impl that cannot run.
+    programs of the kernel share the work; 0 is one for each multiprocessor. Raises ValueError on other shapes, or an
+    impl that cannot run.
     """
     shape = tuple(peers.windows[peers.rank].shape)
     if x_WN.dtype != torch.uint8 or x_WN.shape != shape:
