@@ -19,26 +19,41 @@ from moeweave.comm.window_planes import BlockLink
 _OF_GROUP: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, BlockLink]] = weakref.WeakKeyDictionary()
 
 
+def over_windows(group: dist.ProcessGroup | None, planes: str) -> bool:
+    """Whether `ThreeStreamOptions.planes` means windows for `group`. A collective the first time.
+
+    Raises:
+        ValueError: windows were asked for by name, and the ranks share no memory.
+    """
+    if group is None or planes == "collectives" or dist.get_world_size(group) == 1:
+        return False
+    backend = dist.get_backend_config(group)
+    if "nccl" in backend:
+        return planes == "windows"  # asked for: no GPU has run them
+    if dist.get_backend(group) == "gloo" and shares_memory(group):
+        return True
+    if planes == "windows":
+        raise ValueError(
+            "planes ('windows') needs CPU ranks of one host, or NVIDIA GPUs that reach each other; this group "
+            f"({backend}) has neither. Leave out planes, or set planes='collectives'."
+        )
+    return False
+
+
 def link_of(group: dist.ProcessGroup | None, options: ThreeStreamOptions) -> BlockLink | None:
     """The link that `options.planes` wants for `group`, None for collectives. A collective the first time.
 
     Raises:
-        ValueError: windows were asked for by name and cannot be had.
+        ValueError: as `over_windows`; GPUs that do not reach each other, or without `max_tokens`.
     """
-    if group is None or options.planes == "collectives" or dist.get_world_size(group) == 1:
+    if group is None or not over_windows(group, options.planes):
         return None
-    backend = dist.get_backend_config(group)
-    if "nccl" in backend:
-        return _cuda_link(group, options) if options.planes == "windows" else None
-    if "gloo" in backend and shares_memory(group):
-        links = _OF_GROUP.setdefault(group, {})
-        return links.setdefault(0, links.get(0) or HostBlocks(group))
-    if options.planes == "windows":
-        raise ValueError(
-            f"planes ('windows') needs CPU ranks of one host, or NVIDIA GPUs that reach each other; this group "
-            f"({backend}) has neither. Leave out planes, or set planes='collectives'."
-        )
-    return None
+    if "nccl" in dist.get_backend_config(group):
+        return _cuda_link(group, options)
+    links = _OF_GROUP.setdefault(group, {})
+    if not links:
+        links[0] = HostBlocks(group)
+    return links[0]
 
 
 def _cuda_link(group: dist.ProcessGroup, options: ThreeStreamOptions) -> CudaBlocks:

@@ -19,9 +19,10 @@ STATE_WORDS = onesided.EPOCHS + MAX_CHANNELS
 
 @functools.cache
 def source() -> str:
-    """link.cu, then the two kernels."""
+    """Sources of the one-sided kernels to link.cu, then the two kernels."""
     folder = Path(__file__).parent
-    files = folder.parent / "onesided" / "csrc" / "link.cu", folder / "csrc" / "block_signals.cu"
+    before = onesided.SOURCES[: onesided.SOURCES.index("link.cu") + 1]
+    files = [*(folder.parent / "onesided/csrc" / name for name in before), folder / "csrc/block_signals.cu"]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
