@@ -84,7 +84,8 @@ def is_one_memory(mesh: Mesh) -> bool:
 def topology(lines: list[Line], mesh: Mesh, config: BenchConfig) -> Topology | None:
     """What the lines of this operation say, for the first backend; None where a result was wrong. A collective."""
     where = places(mesh)
-    mine = [line for line in lines if line["op"] == "topology" and line["backend"] == (config.backends or ["torch"])[0]]
+    used = {(config.backends or ["torch"])[0], *raw.PLANES}
+    mine = [line for line in lines if line["op"] == "topology" and line["backend"] in used]
     if any(line["wrong"] for line in mine):
         return None
     by_label = {line["label"]: line for line in mine}
@@ -101,19 +102,18 @@ def topology(lines: list[Line], mesh: Mesh, config: BenchConfig) -> Topology | N
         all_gather_gbps=by_label["all_gather"]["busbw"],
         all_to_all_us=by_label[LATENCY]["median"],
         measured_bytes=config.max_size,
-        **_planes(lines, mesh, config),
+        **_planes(by_label, mesh, config),
     )
 
 
-def _planes(lines: list[Line], mesh: Mesh, config: BenchConfig) -> dict[str, Any]:
-    """Rates of both planes, where they were measured and right."""
-    found = {line["label"]: line for line in lines if line["op"] == "topology" and line["label"] in raw.PLANES}
-    if not found or any(line["wrong"] for line in found.values()):
+def _planes(by_label: dict[str, Line], mesh: Mesh, config: BenchConfig) -> dict[str, Any]:
+    """Rates of both planes, where they were measured."""
+    if "push" not in by_label:
         return {}
     sms = 0
     if mesh.device.type == "cuda":
         sms = config.programs or torch.cuda.get_device_properties(mesh.device).multi_processor_count
-    return {"push_gbps": found["push"]["busbw"], "dma_gbps": found["dma"]["busbw"], "push_sms": sms}
+    return {"push_gbps": by_label["push"]["busbw"], "dma_gbps": by_label["dma"]["busbw"], "push_sms": sms}
 
 
 def table(found: Topology) -> list[str]:

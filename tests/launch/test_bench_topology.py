@@ -67,7 +67,8 @@ def test_hosts_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_nothing_is_written_where_a_result_was_wrong(tmp_path: Path, world: int) -> None:
     path = tmp_path / "topology.json"
     found = run_ranks(world, lines, world, str(path), "bench_corrupt:Collectives")[0]
-    assert all(line["wrong"] > 0 and "median" not in line for line in found)
+    own = [line for line in found if line["backend"] not in ("push", "dma")]
+    assert own and all(line["wrong"] > 0 and "median" not in line for line in own)
     assert not path.exists()
 
 
