@@ -33,7 +33,7 @@ from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.overlap import in_lane, least_of_ranks, run_routed
 from moeweave.comm.topology import Topology
 from moeweave.moe.balance import apply_capacity, load
-from moeweave.moe.experts import ExpertWeights, local_experts
+from moeweave.moe.experts import ExpertWeights, is_swiglu, local_experts
 from moeweave.moe.layer import accumulate, unflatten
 from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.expert_width import ExpertWidth, placements_of, slice_of
@@ -258,6 +258,7 @@ class ExpertCall:
             is_transposed=experts.is_transposed,
             apply_gate=experts._apply_gate if gated else experts.act_fn,
             post_norm=post_norm,
+            is_swiglu=gated and is_swiglu(experts),
         )
         return local_experts(weights, rows_RD.to(weights.gate_up.dtype), offsets_e, exact=True)
 
