@@ -19,6 +19,15 @@ from moeweave.comm.window_planes import BlockLink
 _OF_GROUP: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, BlockLink]] = weakref.WeakKeyDictionary()
 
 
+def can_share(group: dist.ProcessGroup | None) -> bool:
+    """Whether windows can be had for `group`, named or not. A collective."""
+    if group is None or dist.get_world_size(group) == 1:
+        return False
+    if "nccl" in dist.get_backend_config(group):
+        return gpus_apart(group) is None
+    return dist.get_backend(group) == "gloo" and shares_memory(group)
+
+
 def over_windows(group: dist.ProcessGroup | None, planes: str) -> bool:
     """Whether `ThreeStreamOptions.planes` means windows for `group`. A collective the first time.
 
@@ -30,7 +39,7 @@ def over_windows(group: dist.ProcessGroup | None, planes: str) -> bool:
     backend = dist.get_backend_config(group)
     if "nccl" in backend:
         return planes == "windows"  # asked for: no GPU has run them
-    if dist.get_backend(group) == "gloo" and shares_memory(group):
+    if can_share(group):
         return True
     if planes == "windows":
         raise ValueError(

@@ -290,7 +290,10 @@ class ThreeStream:
         return JoinArrived.apply(token, rows_RD, layout, way), None, layout
 
     def rows_of(self, leaving: Gathering) -> Tensor:
-        """All ranks' rows, decoded: [W * M, D]. Waits for them."""
+        """All ranks' rows, decoded: [W * M, D]. Waits for them.
+
+        `routed` may read them once more: peers write them again only after they have this rank's results.
+        """
         scales = None if leaving.scales is None else leaving.scales.wait()
         return self._decode(leaving.codes.wait(), scales, leaving.x_TD.dtype)
 

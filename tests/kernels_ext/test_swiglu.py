@@ -104,7 +104,7 @@ def test_the_source_rounds_as_torch_does(libraries: dict[torch.dtype, ctypes.CDL
     want = reference.swiglu(gate_up_RF, offsets_e)
     assert torch.equal(out_RI.isnan(), want.isnan())
     differ = (out_RI != want) & ~want.isnan()
-    assert int(differ.sum()) <= 64
+    assert int(differ.sum()) <= 16
     assert_close("out", out_RI[want.isfinite()], want[want.isfinite()], torch.bfloat16)
 
 
