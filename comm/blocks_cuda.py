@@ -187,17 +187,17 @@ class DeviceSignals:
 
     Args:
         window: of `num_bytes(size)`. timeout: seconds that one wait may take.
+        launch: runs a kernel of `block_signals`, one block, on the current stream.
 
     Attributes:
         told: whether a reported failure was raised.
     """
 
-    def __init__(self, window: CudaWindow, timeout: float) -> None:
+    def __init__(self, window: CudaWindow, timeout: float, launch: Callable[[str, Any], None]) -> None:
         self.window, self.timeout, self.told = window, timeout, False
-        device = window.peers.device
-        self._module = block_signals.kernels(device.index or 0)
+        device, self._run = window.peers.device, launch
         self._state = torch.zeros(block_signals.STATE_WORDS, dtype=torch.int32, device=device)
-        self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=True)
+        self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._base = onesided.params_type()()
         set_tensors(self._base, peers=window.peers, state=self._state, report=self._report)
         cells = 8 * len(CHANNELS) * window.size
@@ -238,7 +238,15 @@ class DeviceSignals:
         params = type(self._base).from_buffer_copy(self._base)
         for name, value in fields.items():
             setattr(params, name, value)
-        self._module.launch(kernel, 1, block_signals.THREADS, params)
+        self._run(kernel, params)
+
+
+def signals_of(window: CudaWindow, timeout: float) -> DeviceSignals:
+    """Signals in a window on a GPU, their kernels loaded."""
+    module = block_signals.kernels(window.peers.device.index or 0)
+    return DeviceSignals(
+        window, timeout, lambda kernel, params: module.launch(kernel, 1, block_signals.THREADS, params)
+    )
 
 
 def open_blocks(group: dist.ProcessGroup, num_sms: int = 0) -> CudaBlocks:
@@ -252,6 +260,6 @@ def open_blocks(group: dist.ProcessGroup, num_sms: int = 0) -> CudaBlocks:
         return SymmetricWindow(found, area, device)
 
     size = dist.get_world_size(group)
-    signals = DeviceSignals(allocate(Area("signals", DeviceSignals.num_bytes(size))), timeout_of(group))
+    signals = signals_of(allocate(Area("signals", DeviceSignals.num_bytes(size))), timeout_of(group))
     watch(signals)
     return CudaBlocks(size, allocate, signals, num_sms)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeweave.comm.blocks_cuda import Area, CudaBlocks, DeviceSignals
+from moeweave.comm.blocks_cuda import Area, CudaBlocks, DeviceSignals, signals_of
 from moeweave.comm.codec import Codec
 from moeweave.comm.onesided_launch import OneSidedError
 from moeweave.comm.planes import new_plane_group
@@ -39,7 +39,7 @@ def link_for(device: torch.device, world: int) -> CudaBlocks:
         return SymmetricWindow(dist.group.WORLD, area, device)
 
     window = allocate(Area("signals", DeviceSignals.num_bytes(world)))
-    return CudaBlocks(world, allocate, DeviceSignals(window, DEADLINE), num_sms=32)
+    return CudaBlocks(world, allocate, signals_of(window, DEADLINE), num_sms=32)
 
 
 def exchanges(link: CudaBlocks, rank: int, world: int, rounds: int, dies: bool) -> None:
