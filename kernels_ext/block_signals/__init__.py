@@ -6,7 +6,7 @@ share. No GPU has run them. Who calls them is `comm/blocks_cuda.py`.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from moeweave.kernels_ext import nvrtc, onesided
@@ -17,13 +17,12 @@ MAX_CHANNELS = 32  # bits of `Params.flags`
 STATE_WORDS = onesided.EPOCHS + MAX_CHANNELS
 
 
-@functools.cache
-def source() -> str:
-    """Sources of the one-sided kernels to link.cu, then the two kernels."""
-    folder = Path(__file__).parent
-    before = onesided.SOURCES[: onesided.SOURCES.index("link.cu") + 1]
-    files = [*(folder.parent / "onesided/csrc" / name for name in before), folder / "csrc/block_signals.cu"]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+def source(before: Sequence[str] = ()) -> str:
+    """The one-sided kernels' files to link.cu (or `before`, other files than these), then the two kernels."""
+    folder, files = Path(__file__).parent, list(before) or onesided.SOURCES
+    link = folder.parent / "onesided" / "csrc"
+    parts = [*(link / name for name in files[: files.index("link.cu") + 1]), folder / "csrc" / "block_signals.cu"]
+    return "\n".join(part.read_text(encoding="utf-8") for part in parts)
 
 
 def kernels(device: int) -> nvrtc.Module:
