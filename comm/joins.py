@@ -21,10 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moeweave.comm.codec import decode_rows, encode_rows
 from moeweave.comm.layout import Layout
 from moeweave.comm.pending import Pending
-from moeweave.comm.transfer import grad_of_weights, pad_rows, place_routes, sum_routes, weighted_rows
+from moeweave.comm.transfer import (
+    from_words,
+    grad_of_weights,
+    pad_rows,
+    place_routes,
+    sum_routes,
+    to_words,
+    weighted_rows,
+)
 from moeweave.comm.transfer_gathered import grads_of_prereduced, save_prereduced
 from moeweave.comm.two_planes import Planes
 
@@ -58,14 +65,8 @@ class GradientWay:
         self, exchange: Callable[[Tensor], Pending[Tensor]], rows: Tensor, then: Callable[[Tensor], Tensor]
     ) -> None:
         (format, scale), width, dtype = self.coding, rows.shape[1], rows.dtype
-        plain = format == "none"
-        pending = exchange(rows if plain else encode_rows(rows, format, scale))
-
-        def finish() -> Tensor:
-            came = pending.wait()
-            return then(came if plain else decode_rows(came, format, scale, width, dtype))
-
-        self._under_way = Pending(finish)
+        pending = exchange(to_words(rows, format, scale))
+        self._under_way = Pending(lambda: then(from_words(pending.wait(), format, scale, width, dtype)))
 
     def join(self) -> Tensor:
         assert self._under_way is not None, "a gradient is joined once, after it was posted"

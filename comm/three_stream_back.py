@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from moeweave.comm.codec import Codec, decode_rows, encode_rows
+from moeweave.comm.codec import Codec
 from moeweave.comm.joins import GradientWay, JoinPrereduced, JoinReturned, Post, PostPrereduced
 from moeweave.comm.layout import Layout
+from moeweave.comm.transfer import from_words, to_words
 from moeweave.comm.transfer_gathered import partial_sums
 from moeweave.comm.two_planes import Planes
 
@@ -72,6 +73,5 @@ class WayBack:
 
     def _exchange(self, rows: Tensor, sends: list[int], receives: list[int], most: int) -> Tensor:
         format, scale = self.codec.combine, self.codec.scale
-        words = rows if format == "none" else encode_rows(rows, format, scale)
-        arrived = self.planes.all_to_all("results", words, sends, receives, most).wait()
-        return arrived if format == "none" else decode_rows(arrived, format, scale, rows.shape[1], rows.dtype)
+        arrived = self.planes.all_to_all("results", to_words(rows, format, scale), sends, receives, most).wait()
+        return from_words(arrived, format, scale, rows.shape[1], rows.dtype)
