@@ -183,7 +183,8 @@ class NodeEngine:
 
     def _go(self, rows: Tensor, splits: Tensor) -> Pending[Tensor]:
         """Rows by node, to this rank's place on each; splits [2, M]: how many go and come."""
-        return joined(*self.across.all_to_all(rows, *splits.tolist(), async_op=True))
+        sent, taken = splits.tolist()
+        return joined(*self.across.all_to_all(rows, sent, taken, async_op=True))
 
     def _room(self, wire: Wire) -> Wire:
         """Inside a node rows are as they are; each rank spreads what it took from all nodes."""
