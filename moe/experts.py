@@ -111,7 +111,7 @@ def is_swiglu(experts: nn.Module) -> bool:
     """Whether the gate of packed experts, ours or as transformers has them, is silu(gate) * up, side by side."""
     gate = getattr(experts._apply_gate, "__func__", None)
     plain = gate is Experts._apply_gate or getattr(gate, "__name__", "") == "_default_apply_gate"
-    act = experts.act_fn
+    act = getattr(experts, "act_fn", None)  # gpt-oss has none
     return plain and (act is nn.functional.silu or type(act).__name__ in ("SiLU", "SiLUActivation"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,8 @@ def test_the_plain_form_is_the_activation() -> None:
     experts = Experts(8, 24, 2)
     assert is_swiglu(experts) and not is_swiglu(Experts(8, 24, 2, activation="gelu"))
     assert torch.equal(swiglu(gate_up_RF, offsets_e), experts._apply_gate(gate_up_RF))
+    other = SimpleNamespace(_apply_gate=experts._apply_gate)
+    assert not is_swiglu(other)  # type: ignore[arg-type]
     assert experts.weights().is_swiglu and not Experts(8, 24, 2, gated=False).weights().is_swiglu
 
 
