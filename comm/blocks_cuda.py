@@ -76,6 +76,7 @@ class CudaBlocks:
         self.size, self.num_sms = size, num_sms
         self._allocate, self._signals = allocate, signals
         self._windows: dict[str, AreaWindow] = {}
+        self._outgrown: list[AreaWindow] = []  # graphs that were captured may hold them
         self._places: dict[tuple[str, str, int, int], PeerWindows] = {}
         self._under_way: set[int] = set()
         self._engines: list[Any] = []
@@ -142,6 +143,7 @@ class CudaBlocks:
         num_bytes, window = self.size * _block_bytes(blocks), self._windows.get(blocks.name)
         if window is None or window.of(window.rank).numel() < num_bytes:
             _refuse_capture(blocks)
+            self._outgrown += [] if window is None else [window]
             window = self._windows[blocks.name] = self._allocate(Area(blocks.name, num_bytes))
             self._places = {key: places for key, places in self._places.items() if key[1] != blocks.name}
         return window
