@@ -54,7 +54,9 @@ setup(
     package_data={
         "moeweave": ["py.typed"],
         "moeweave.configs": ["**/*.yaml"],
+        "moeweave.kernels_ext.block_signals": ["csrc/*.cu"],
         "moeweave.kernels_ext.onesided": ["csrc/*.cu"],
+        "moeweave.kernels_ext.swiglu": ["csrc/*.cu"],
     },
     install_requires=["torch>=2.11", "numpy", "hydra-core>=1.3", "matplotlib", "pyyaml", "rich", "safetensors"],
     extras_require={

@@ -37,7 +37,7 @@ def cuda_engine_of(
     if engine is None:
         window = SymmetricWindow(group, window_map, device)
         budget = Budget.of(device, num_sms, window_map.max_tokens)
-        engine = open_engine(window, window_map, timeout=_timeout_of(group), budget=budget)
+        engine = open_engine(window, window_map, timeout=timeout_of(group), budget=budget)
         engines[key] = engine
         watch(engine.launcher)
     return engine
@@ -101,7 +101,7 @@ def gpus_apart(group: dist.ProcessGroup) -> str | None:
     return apart(places)
 
 
-def _timeout_of(group: dist.ProcessGroup) -> float:
+def timeout_of(group: dist.ProcessGroup) -> float:
     """Seconds: the process group's own timeout."""
     backend = group._get_backend(torch.device("cuda")) if "nccl" in dist.get_backend(group) else None
     options = getattr(backend, "options", None)

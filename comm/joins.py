@@ -21,12 +21,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moeweave.comm.codec import decode_rows, encode_rows
 from moeweave.comm.layout import Layout
 from moeweave.comm.pending import Pending
-from moeweave.comm.transfer import grad_of_weights, pad_rows, place_routes, sum_routes, weighted_rows
+from moeweave.comm.transfer import (
+    from_words,
+    grad_of_weights,
+    pad_rows,
+    place_routes,
+    sum_routes,
+    to_words,
+    weighted_rows,
+)
 from moeweave.comm.transfer_gathered import grads_of_prereduced, save_prereduced
-from moeweave.comm.two_planes import TwoPlanes
+from moeweave.comm.two_planes import Planes
 
 
 class GradientWay:
@@ -34,16 +41,17 @@ class GradientWay:
 
     Args:
         planes: over which they go. name: of their spans. coding: format and scale of their rows.
+        most: rows from a rank to another, as `Planes.all_to_all` has it.
     """
 
-    def __init__(self, planes: TwoPlanes, name: str, coding: tuple[str, str]) -> None:
-        self.planes, self.name, self.coding = planes, name, coding
+    def __init__(self, planes: Planes, name: str, coding: tuple[str, str], most: int) -> None:
+        self.planes, self.name, self.coding, self.most = planes, name, coding, most
         self._under_way: Pending[Tensor] | None = None
 
     def post_rows(self, rows_ND: Tensor, sends: Tensor, receives: Tensor, then: Callable[[Tensor], Tensor]) -> None:
         """Rows by destination; `join` gives `then` of what comes."""
         splits = sends.tolist(), receives.tolist()
-        self._post(lambda words: self.planes.all_to_all(self.name, words, *splits), rows_ND, then)
+        self._post(lambda words: self.planes.all_to_all(self.name, words, *splits, self.most), rows_ND, then)
 
     def post_tokens(self, rows_TD: Tensor, most: int, then: Callable[[Tensor], Tensor]) -> None:
         """All rows to every rank, none of which has more than `most`."""
@@ -57,14 +65,8 @@ class GradientWay:
         self, exchange: Callable[[Tensor], Pending[Tensor]], rows: Tensor, then: Callable[[Tensor], Tensor]
     ) -> None:
         (format, scale), width, dtype = self.coding, rows.shape[1], rows.dtype
-        plain = format == "none"
-        pending = exchange(rows if plain else encode_rows(rows, format, scale))
-
-        def finish() -> Tensor:
-            came = pending.wait()
-            return then(came if plain else decode_rows(came, format, scale, width, dtype))
-
-        self._under_way = Pending(finish)
+        pending = exchange(to_words(rows, format, scale))
+        self._under_way = Pending(lambda: then(from_words(pending.wait(), format, scale, width, dtype)))
 
     def join(self) -> Tensor:
         assert self._under_way is not None, "a gradient is joined once, after it was posted"

@@ -29,6 +29,7 @@ from moeweave.comm.onesided_rows import Like, decoded, to_words
 from moeweave.comm.pending import Pending
 from moeweave.comm.slots import list_slots, plan_slots
 from moeweave.comm.transfer import wide
+from moeweave.comm.two_planes import joined
 from moeweave.kernels_ext.sum_rows import sum_rows
 
 
@@ -91,10 +92,7 @@ class NodeEngine:
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, wire: Wire
     ) -> Pending[Arrived]:
-        plan = plan_slots(ids_TK, num_experts, self.nodes.num_nodes)
-        token_S, home_S, home_ends_T = list_slots(plan)
-        sends_M = plan.has_TW.sum(0)
-        splits = torch.stack([sends_M, self.across.swap(sends_M.unsqueeze(1)).squeeze(1)])
+        token_S, home_S, home_ends_T, splits = slots_across(ids_TK, num_experts, self.across)
         about = self._go(about_tokens(ids_TK, weights_TK).index_select(0, token_S), splits)
         rows = self._send(x_TD, token_S, splits, wire)
         weights_dtype, top_k = weights_TK.dtype, ids_TK.shape[1]
@@ -186,18 +184,18 @@ class NodeEngine:
     def _go(self, rows: Tensor, splits: Tensor) -> Pending[Tensor]:
         """Rows by node, to this rank's place on each; splits [2, M]: how many go and come."""
         sent, taken = splits.tolist()
-        received, work = self.across.all_to_all(rows, sent, taken, async_op=True)
-
-        def finish() -> Tensor:
-            if work is not None:
-                work.wait()
-            return received
-
-        return Pending(finish)
+        return joined(*self.across.all_to_all(rows, sent, taken, async_op=True))
 
     def _room(self, wire: Wire) -> Wire:
         """Inside a node rows are as they are; each rank spreads what it took from all nodes."""
         return Wire(max_tokens=wire.max_tokens * self.nodes.num_nodes)
+
+
+def slots_across(ids_TK: Tensor, num_experts: int, across: Communicator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token_S, home_S, home_ends_T and splits of `NodeMoves`, by an exchange of counts between the nodes."""
+    plan = plan_slots(ids_TK, num_experts, across.size)
+    sends_M = plan.has_TW.sum(0)
+    return *list_slots(plan), torch.stack([sends_M, across.swap(sends_M.unsqueeze(1)).squeeze(1)])
 
 
 def about_tokens(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

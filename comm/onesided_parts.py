@@ -27,10 +27,9 @@ from torch import Tensor
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.nodes import Nodes
 from moeweave.comm.onesided import Arrived, Engine, Moves, Wire
-from moeweave.comm.onesided_nodes import about_tokens, as_bytes, ids_inside, split_about
+from moeweave.comm.onesided_nodes import about_tokens, as_bytes, ids_inside, slots_across, split_about
 from moeweave.comm.onesided_rows import Like, decoded, to_words
 from moeweave.comm.pending import Pending
-from moeweave.comm.slots import list_slots, plan_slots
 from moeweave.comm.streams import Streams
 from moeweave.comm.transfer import wide
 from moeweave.comm.two_planes import joined
@@ -108,10 +107,7 @@ class PartEngine:
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, wire: Wire
     ) -> Pending[Arrived]:
-        plan = plan_slots(ids_TK, num_experts, self.nodes.num_nodes)
-        token_S, home_S, home_ends_T = list_slots(plan)
-        sends_M = plan.has_TW.sum(0)
-        splits = torch.stack([sends_M, self.about.swap(sends_M.unsqueeze(1)).squeeze(1)])
+        token_S, home_S, home_ends_T, splits = slots_across(ids_TK, num_experts, self.about)
         about_SB = about_tokens(ids_TK, weights_TK).index_select(0, token_S)
 
         def spread(part: int, x_SD: Tensor, part_SB: Tensor) -> Pending[Arrived]:

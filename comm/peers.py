@@ -41,15 +41,16 @@ class Peers:
     Args:
         group: ranks of one host; None for this rank alone.
         timeout: seconds that `wait` waits at most.
+        title: what errors call it.
 
     Raises:
         RuntimeError: ranks on several hosts, or in several network namespaces.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float, title: str = "onesided") -> None:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
-        self.timeout = timeout
+        self.timeout, self.title = timeout, title
         self.error: str | None = None
         self._closed_peers: set[int] = set()
         self._sockets = {} if group is None or self.size == 1 else _connect(group, self.rank, timeout)
@@ -103,7 +104,7 @@ class Peers:
 
     def fail(self, text: str) -> None:
         """Tell the peers, close, and raise PeerError."""
-        self.error = f"onesided, rank {self.rank} of {self.size}: {text}. Restart the ranks of this group."
+        self.error = f"{self.title}, rank {self.rank} of {self.size}: {text}. Restart the ranks of this group."
         for peer in self._sockets:
             with contextlib.suppress(OSError):
                 self._sockets[peer].send(bytes([FAILED]) + text.encode()[: MESSAGE_BYTES - 1], socket.MSG_NOSIGNAL)
@@ -113,7 +114,7 @@ class Peers:
     def close(self) -> None:
         """Say good-bye to the peers, and close; whoever still waits for this rank gets an error."""
         if self.error is None:
-            self.error = "onesided: the windows of this group were closed."
+            self.error = f"{self.title}: the windows of this group were closed."
         for each in self._sockets.values():
             with contextlib.suppress(OSError):
                 each.send(bytes([CLOSED]), socket.MSG_NOSIGNAL)
@@ -205,7 +206,7 @@ def _forget_in_forked_children() -> weakref.WeakSet[Peers]:
 
     def forget() -> None:
         for each in list(peers):
-            each.error = "onesided: the windows of this group belong to the process that this one was forked from."
+            each.error = f"{each.title}: the windows of this group belong to the process that this one was forked from."
             each._drop()
 
     os.register_at_fork(after_in_child=forget)

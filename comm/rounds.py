@@ -2,8 +2,8 @@
 
 Every exchange is one round: each rank writes into an area of every peer's window and says so; once all peers have said
 so it reads its own area into memory of its own, and tells them that the area may be written again. Ranks post rounds in
-the same order. NUM_AREAS rounds can be under way; a rank that posts one more first reads the oldest of its own, so no
-order of waiting can lock up. All dispatchers over a group share its rounds.
+the same order. As many rounds as there are areas can be under way; a rank that posts one more first reads the oldest of
+its own, so no order of waiting can lock up. All dispatchers over a group share its rounds.
 
 Room grows with the tokens, by facts that every rank has at the same round: the largest number of tokens in the rounds
 that all have read, or in the layout that is used again. A rank that has more tokens than that sends this round's rows
@@ -30,13 +30,15 @@ from torch import Tensor
 from moeweave.comm.peers import FIRST_KIND, PeerError, Peers
 from moeweave.comm.pending import Pending
 from moeweave.comm.slots import later_epoch
+from moeweave.comm.window_planes import NAMES
 from moeweave.comm.windows import NUM_AREAS, Sizes, check_equal
 from moeweave.comm.windows_cpu import SharedWindows, create_memory, map_memory
 
 logger = logging.getLogger("moeweave")
 
 ARRIVED, TAKEN, WINDOW, ROOM = range(FIRST_KIND, FIRST_KIND + 4)
-OPERATIONS = ("dispatch", "dispatch with a known layout", "combine of sums", "combine of rows")
+OPERATIONS = ("dispatch", "dispatch with a known layout", "combine of sums", "combine of rows", *NAMES)
+BLOCKS = len(OPERATIONS) - len(NAMES)  # where the exchanges of `window_planes` start
 _HEAD = struct.Struct("<BI")  # kind, epoch
 _ARRIVAL = struct.Struct("<BIBq5q")  # and operation, tokens, sizes
 _TOKENS = struct.Struct("<BIq")
@@ -109,14 +111,24 @@ class Exchange:
         group: ranks of one host; None for this rank alone. Not kept: the exchange ends with the group.
         timeout: seconds that a wait for peers may take; None takes the group's.
         first_epoch: where epochs start.
+        areas: rounds that can be under way, a power of two.
+        title: what errors call it.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float | None = None, first_epoch: int = 0) -> None:
-        self.peers = Peers(group, group_timeout(group) if timeout is None else timeout)
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        timeout: float | None = None,
+        first_epoch: int = 0,
+        areas: int = NUM_AREAS,
+        title: str = "onesided",
+    ) -> None:
+        self.peers = Peers(group, group_timeout(group) if timeout is None else timeout, title)
+        self.areas = areas
         self.room = 0
         self._epoch = first_epoch
         self._windows: SharedWindows | None = None
-        before = {later_epoch(first_epoch, -step) for step in range(1, NUM_AREAS + 1)}
+        before = {later_epoch(first_epoch, -step) for step in range(1, areas + 1)}
         self._taken = {peer: set(before) for peer in self.peers.others}
         self._arrived: dict[int, dict[int, _Arrival]] = {peer: {} for peer in self.peers.others}
         self._offered: dict[int, list[int]] = {peer: [] for peer in self.peers.others}
@@ -130,7 +142,7 @@ class Exchange:
         """Write this rank's part of the next round; `wait` of what is returned reads what the peers wrote."""
         with self._lock:
             self.peers.check()
-            epoch, before = self._epoch, later_epoch(self._epoch, -NUM_AREAS)
+            epoch, before = self._epoch, later_epoch(self._epoch, -self.areas)
             what = _named(call.operation, epoch)
             oldest = self._rounds.pop(before, None)
             if oldest is not None:
@@ -185,7 +197,7 @@ class Exchange:
 
     def _windows_of(self, area_bytes: int, what: str) -> SharedWindows:
         """Windows with areas of at least `area_bytes`. Earlier rounds keep those that they were written in."""
-        num_bytes = NUM_AREAS * area_bytes
+        num_bytes = self.areas * area_bytes
         if self._windows is not None and self._windows.num_bytes >= num_bytes:
             return self._windows
         logger.info("one-sided windows of %.1f MB a rank, %d ranks", num_bytes / 1e6, self.peers.size)
@@ -203,9 +215,9 @@ class Exchange:
         """Write to every rank and say so; returns where this rank's rows for itself are."""
         rank = self.peers.rank
         tail = (call.operation, call.tokens, *astuple(call.sizes))
-        own = Place(_area(windows, rank, epoch), area_map, rank)
+        own = Place(_area(windows, rank, epoch, self.areas), area_map, rank)
         for peer in [*self.peers.others, rank]:
-            place, fd = Place(_area(windows, peer, epoch), area_map, rank), None
+            place, fd = Place(_area(windows, peer, epoch, self.areas), area_map, rank), None
             if not fits:
                 alone = call.map_of(1, call.tokens)
                 fd, memory = create_memory(alone.num_bytes)
@@ -237,7 +249,7 @@ class Exchange:
         places = [posted.own] * self.peers.size
         for peer, arrival in arrivals.items():
             if arrival.fd is None:
-                places[peer] = Place(_area(posted.windows, self.peers.rank, epoch), posted.map, peer)
+                places[peer] = Place(_area(posted.windows, self.peers.rank, epoch, self.areas), posted.map, peer)
             else:
                 places[peer] = Place(_map_once(arrival.fd), call.map_of(1, arrival.tokens), 0)
         posted.result = call.read(places)
@@ -285,9 +297,9 @@ def _named(operation: int, epoch: int) -> str:
     return f"{OPERATIONS[operation]} (round {epoch})"
 
 
-def _area(windows: SharedWindows, rank: int, epoch: int) -> Tensor:
-    size = windows.num_bytes // NUM_AREAS
-    start = epoch % NUM_AREAS * size
+def _area(windows: SharedWindows, rank: int, epoch: int, areas: int) -> Tensor:
+    size = windows.num_bytes // areas
+    start = epoch % areas * size
     return windows.of(rank)[start : start + size]
 
 

@@ -15,9 +15,10 @@ Each rank holds its own tokens. Router and shared expert run on these alone, and
               rows cross the network once to each node that needs them, on dma and in parts; push spreads inside the
               node what has arrived, while the next part crosses (`onesided_parts`). Wins between nodes.
 
-`push_share` is the part of the columns of rows and results that takes the push plane, where both planes reach every
-rank. Splitting changes no bit. Gradients go back over both planes as well, straight through and a row a route (of the
-hierarchical form in parts, as the rows went):
+`push_share` is the part of rows and results that takes the push plane, where both planes reach every rank. Splitting
+changes no bit. Planes are collectives (`two_planes`), or of gathered rows writes into windows (`window_planes`).
+Gradients go back over both planes as well, straight through and a row a route (of the hierarchical form in parts, as
+the rows went):
 
     dma, push   results' gradients                               rows' gradients
     compute     weights' gradients           experts' backward   shared expert's backward      sum, router's backward
@@ -36,19 +37,21 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moeweave.comm.codec import decode_rows, encode_rows
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.dispatchers.onesided import OneSidedDispatcher
 from moeweave.comm.engines import part_engine_of
-from moeweave.comm.joins import GradientWay, JoinArrived, JoinPrereduced, JoinReturned, Post, PostPrereduced
+from moeweave.comm.joins import JoinArrived, Post
 from moeweave.comm.layout import Layout, arrange_fixed, arrange_gathered, exchange_layout
 from moeweave.comm.nodes import Nodes
 from moeweave.comm.pending import Pending
+from moeweave.comm.plane_links import link_of
 from moeweave.comm.planes import refuse_training
 from moeweave.comm.streams import Streams
+from moeweave.comm.three_stream_back import WayBack
 from moeweave.comm.three_stream_options import ThreeStreamOptions
 from moeweave.comm.transfer_gathered import partial_sums
-from moeweave.comm.two_planes import TwoPlanes, joined
+from moeweave.comm.two_planes import Planes, TwoPlanes
+from moeweave.comm.window_planes import WindowPlanes
 from moeweave.kernels_ext import quantize_rows
 
 Experts = Callable[[Tensor, Tensor], Tensor]  # rows_RD, offsets_e -> rows_RD
@@ -92,11 +95,18 @@ class ThreeStream:
         nodes: Nodes | None = None,
     ) -> None:
         self.push = Communicator(push_group)
-        self.planes = TwoPlanes(self.push, Communicator(dma_group), streams, options.push_share)
         self.num_experts, self.streams, self.options = num_experts, streams, options
         form = options.form_for(top_k, self.push.size, nodes)
         self.gathered = form == "gathered"
         self.prereduced = self.gathered and options.combine == "prereduced"
+        self.collectives = TwoPlanes(self.push, Communicator(dma_group), streams, options.push_share)
+        link = link_of(push_group, options) if self.gathered else None
+        # Of passes without windows, of those in fixed sizes, and of those whose sizes are agreed on as they run.
+        self.collectives_back = self._way_back(self.collectives)
+        self.fixed_back = self.back = self.collectives_back
+        if link is not None:
+            self.fixed_back = self._way_back(WindowPlanes(link, streams, options.push_share))
+            self.back = self.fixed_back if link.any_size else self.collectives_back
         self.by_node: OneSidedDispatcher | None = None
         if form == "hierarchical":
             nodes = nodes or Nodes.found(push_group)
@@ -142,10 +152,11 @@ class ThreeStream:
         fixed = self.options.max_tokens is not None and not torch.is_grad_enabled()
         max_tokens = self._fixed_tokens(x_TD) if fixed else self._agreed_tokens(x_TD)
         codes_TD, scales_TG = self._encode(x_TD.detach())
-        codes = self.planes.all_gather("rows", _padded(codes_TD, max_tokens))
+        planes = (self.fixed_back if fixed else self.back).planes
+        codes = planes.all_gather("rows", _padded(codes_TD, max_tokens))
         scales = None
         if scales_TG is not None:
-            scales = self._on_push("scales", _padded(scales_TG, max_tokens))
+            scales = planes.gather_on_push("scales", _padded(scales_TG, max_tokens))
         return Gathering(x_TD, codes, scales, max_tokens, fixed)
 
     def _agreed_tokens(self, x_TD: Tensor) -> int:
@@ -174,14 +185,17 @@ class ThreeStream:
             return self._by_node_pass(self.by_node, x_TD, ids_TK, weights_TK, experts, beside)
         if leaving is not None and leaving.fixed:
             return self._fixed_pass(leaving, ids_TK, weights_TK, experts, beside)
-        arrive = self._routed_rows if leaving is None else self._gathered_rows
-        rows_RD, weights_R, layout = arrive(leaving, x_TD, ids_TK, weights_TK, beside)
+        if leaving is None:
+            rows_RD, weights_R, layout = self._routed_rows(x_TD, ids_TK, weights_TK, beside)
+        else:
+            rows_RD, weights_R, layout = self._gathered_rows(leaving, x_TD, ids_TK, weights_TK, beside)
         with self.computing("experts"):
             rows_RD = experts(rows_RD, layout.offsets_e)
+        back = self.collectives_back if leaving is None else self.back
         if self.prereduced:
             assert weights_R is not None
-            return self._combine_prereduced(rows_RD, weights_TK, weights_R, layout)
-        return self._combine_exact(rows_RD, weights_TK, layout)
+            return back.prereduced(rows_RD, weights_TK, weights_R, layout)
+        return back.exact(rows_RD, weights_TK, layout)
 
     def _by_node_pass(
         self,
@@ -202,17 +216,17 @@ class ThreeStream:
 
     def _gathered_rows(
         self,
-        leaving: Gathering | None,
+        leaving: Gathering,
         x_TD: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
         beside: Callable[[], None],
     ) -> tuple[Tensor, Tensor | None, Layout]:
-        assert leaving is not None
-        way, most = self._gradient_way("rows", "dispatch"), leaving.max_tokens
+        planes, most = self.back.planes, leaving.max_tokens
+        way = self.back.gradient_way("rows", "dispatch", most * ids_TK.shape[1])
         token = Post.apply(x_TD, way)
-        ids = self._on_push("ids", _padded(ids_TK, most, -1))
-        weights = self._on_push("weights", _padded(weights_TK.detach(), most)) if self.prereduced else None
+        ids = planes.gather_on_push("ids", _padded(ids_TK, most, -1))
+        weights = planes.gather_on_push("weights", _padded(weights_TK.detach(), most)) if self.prereduced else None
         beside()
         order_N, sends, receives, perm_R, offsets_e, route_R = arrange_gathered(
             ids_TK, ids.wait().view(self.push.size, -1), self.num_experts, self.push.rank
@@ -236,8 +250,9 @@ class ThreeStream:
     ) -> Tensor:
         """Steps 3 to 7 in fixed sizes, without a gradient and without reading the device."""
         (num_tokens, top_k), most, size = ids_TK.shape, leaving.max_tokens, self.push.size
-        ids = self._on_push("ids", _padded(ids_TK, most, -1))
-        weights = self._on_push("weights", _padded(weights_TK, most))
+        planes = self.fixed_back.planes
+        ids = planes.gather_on_push("ids", _padded(ids_TK, most, -1))
+        weights = planes.gather_on_push("weights", _padded(weights_TK, most))
         beside()
         offsets_e, route_R = arrange_fixed(ids.wait().view(size, -1), self.num_experts, self.push.rank, top_k)
         source_R = route_R // top_k
@@ -247,20 +262,10 @@ class ThreeStream:
         with self.computing("experts"):
             rows_RD = experts(rows_RD, offsets_e)
         partial = partial_sums(rows_RD, weights_R, route_R, size * most, top_k, offsets_e[-1])
-        return self._sum_of_ranks(partial, most, num_tokens, rows_RD.dtype)
-
-    def _sum_of_ranks(self, partial: Tensor, most: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
-        """Partial sums [W * M, D] of this rank's experts -> this rank's tokens' sums over ranks [T, D]."""
-        blocks = [most] * self.push.size
-        parts = self._exchange_results(partial.to(dtype), blocks, blocks)
-        with self.computing("sum"):
-            # By rank, in the wide dtype, so that the split over planes and the schedule change no bit.
-            summed = parts.view(self.push.size, most, partial.shape[1]).to(partial.dtype).sum(0)
-            return summed[:num_tokens].to(dtype)
+        return self.fixed_back.sum_of_ranks(partial, most, num_tokens, rows_RD.dtype)
 
     def _routed_rows(
         self,
-        leaving: Gathering | None,
         x_TD: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
@@ -271,63 +276,29 @@ class ThreeStream:
         layout = Layout(order_N, to_W, from_W, perm_R, offsets_e, num_tokens, top_k, self.push.name)
         sends, receives = layout.send_splits.tolist(), layout.recv_splits.tolist()
         source_N = layout.order_N[: sum(sends)] // layout.top_k
-        way = self._gradient_way("rows", "dispatch")
+        way = self.collectives_back.gradient_way("rows", "dispatch")
         token = Post.apply(x_TD, way)
         codes_TD, scales_TG = self._encode(x_TD.detach())
-        codes = self.planes.all_to_all("rows", codes_TD.index_select(0, source_N), sends, receives)
+        codes = self.collectives.all_to_all("rows", codes_TD.index_select(0, source_N), sends, receives)
         scales = None
         if scales_TG is not None:
             leaving_scales = scales_TG.index_select(0, source_N)
-            scales = self.streams.start("push", "scales", lambda: self._swap(leaving_scales, sends, receives))
+            scales = self.collectives.all_to_all_on_push("scales", leaving_scales, sends, receives)
         beside()
         arrived = None if scales is None else scales.wait().index_select(0, layout.perm_R)
         rows_RD = self._decode(codes.wait().index_select(0, layout.perm_R), arrived, x_TD.dtype)
         return JoinArrived.apply(token, rows_RD, layout, way), None, layout
 
-    def _combine_exact(self, rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
-        way = self._gradient_way("results", "combine")
-        token = Post.apply(rows_RD, way)
-        rows = rows_RD.detach()[: layout.perm_R.shape[0]]
-        arrival = torch.empty_like(rows, memory_format=torch.contiguous_format).index_copy_(0, layout.perm_R, rows)
-        sends, receives = layout.send_splits.tolist(), layout.recv_splits.tolist()
-        returned = self._exchange_results(arrival, receives, sends)
-        with self.computing("sum"):
-            return JoinReturned.apply(token, weights_TK, returned, layout, way)
-
-    def _combine_prereduced(self, rows_RD: Tensor, weights_TK: Tensor, weights_R: Tensor, layout: Layout) -> Tensor:
-        assert layout.route_R is not None and layout.max_tokens is not None
-        way, most = self._gradient_way("results", "combine"), int(layout.max_tokens)
-        token = PostPrereduced.apply(rows_RD, weights_TK, weights_R, layout, way)
-        partial = partial_sums(rows_RD.detach(), weights_R, layout.route_R, self.push.size * most, layout.top_k)
-        summed = self._sum_of_ranks(partial, most, layout.num_tokens, rows_RD.dtype)
-        return JoinPrereduced.apply(token, summed, layout, way)
-
-    def _exchange_results(self, rows: Tensor, sends: list[int], receives: list[int]) -> Tensor:
-        format, scale = self.options.codec.combine, self.options.codec.scale
-        words = rows if format == "none" else encode_rows(rows, format, scale)
-        arrived = self.planes.all_to_all("results", words, sends, receives).wait()
-        return arrived if format == "none" else decode_rows(arrived, format, scale, rows.shape[1], rows.dtype)
-
-    def _gradient_way(self, name: str, exchange: str) -> GradientWay:
-        codec = self.options.codec
-        return GradientWay(self.planes, f"gradients of {name}", (getattr(codec, f"{exchange}_backward"), codec.scale))
-
     def rows_of(self, leaving: Gathering) -> Tensor:
-        """All ranks' rows, decoded: [W * M, D]. Waits for them."""
+        """All ranks' rows, decoded: [W * M, D]. Waits for them.
+
+        `routed` may read them once more: peers write them again only after they have this rank's results.
+        """
         scales = None if leaving.scales is None else leaving.scales.wait()
         return self._decode(leaving.codes.wait(), scales, leaving.x_TD.dtype)
 
-    def _on_push(self, name: str, x: Tensor) -> Pending[Tensor]:
-        """[M, ...] of every rank -> pending [W * M, ...]."""
-
-        def post() -> Pending[Tensor]:
-            gathered, work = self.push.all_gather(x, async_op=True)
-            return joined(gathered.flatten(0, 1), work)
-
-        return self.streams.start("push", name, post)
-
-    def _swap(self, rows: Tensor, sends: list[int], receives: list[int]) -> Pending[Tensor]:
-        return joined(*self.push.all_to_all(rows, sends, receives, async_op=True))
+    def _way_back(self, planes: Planes) -> WayBack:
+        return WayBack(planes, self.push.size, self.options.codec, self.computing)
 
     def _encode(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows as they travel, bytes where quantised, and their scales."""

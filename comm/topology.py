@@ -8,7 +8,7 @@ node, for jobs of as many ranks, in the same places.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,7 +28,10 @@ class Topology:
         pair_gbps: one direction between two ranks while the others rest, GB/s (10^9 bytes).
         all_to_all_gbps, all_gather_gbps: bytes that leave a rank (or reach it) over the time, all ranks at once.
         all_to_all_us: time of the smallest all-to-all: what an exchange costs before it carries anything.
-        measured_bytes: size of the array behind the three bandwidths.
+        measured_bytes: size of the array behind the bandwidths.
+        push_gbps, dma_gbps: bytes that leave a rank by stores of its cores, and by copy engines, over the time, all
+            ranks at once; None where ranks cannot write into each other's memory.
+        push_sms: multiprocessors that the stores took, 0 on a CPU.
     """
 
     device: str
@@ -41,6 +44,9 @@ class Topology:
     all_gather_gbps: float
     all_to_all_us: float
     measured_bytes: int
+    push_gbps: float | None = None
+    dma_gbps: float | None = None
+    push_sms: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -87,7 +93,8 @@ class Topology:
         except ValueError as error:
             raise ValueError(f"topology ({path}) must be JSON ({error}). {remedy}") from None
         names = {"format", *(field.name for field in fields(Topology))}
-        if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != names:
+        needed = {"format", *(field.name for field in fields(Topology) if field.default is MISSING)}
+        if not isinstance(values, dict) or values.get("format") != FORMAT or not needed <= set(values) <= names:
             raise ValueError(f"topology ({path}) must hold format {FORMAT} and its fields alone. {remedy}")
         del values["format"]
         return Topology(**values)

@@ -146,17 +146,27 @@ def backward_rows(ctx: Any, grad_RD: Tensor) -> Tensor:
     return sum_routes(return_routes(grad_RD, *ctx.saved_tensors, **ctx.settings), None)
 
 
-def _setup_send(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_TD, *moves, weights_TK, top_k, group, _, back, scale = inputs
-    assert weights_TK is None, "weighted sends happen in backward only and have no gradient of their own"
-    save_moves(ctx, tuple(moves), num_tokens=x_TD.shape[0], top_k=top_k, group=group, format=back, scale=scale)
+def register_dispatch(operator: Any, first: int) -> None:
+    """The gradient of an operator that moves tokens' rows to experts.
+
+    Its inputs are x_TD, then others, of which the layout's moves are from `first` on, and the last five are top_k,
+    group, format, back and scale.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        top_k, group, _, back, scale = inputs[-5:]
+        settings = dict(top_k=top_k, group=group, format=back, scale=scale)
+        save_moves(ctx, inputs[first : first + 4], num_tokens=inputs[0].shape[0], **settings)
+        ctx.num_others = len(inputs) - 1
+
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        return (backward_rows(ctx, grad_RD), *[None] * ctx.num_others)
+
+    operator.register_autograd(backward, setup_context=setup)
 
 
-def _backward_send(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-    return (backward_rows(ctx, grad_RD), *[None] * 10)
-
-
-send_routes.register_autograd(_backward_send, setup_context=_setup_send)
+# Weighted sends happen in backward only and have no gradient of their own.
+register_dispatch(send_routes, 1)
 
 
 @op("moeweave::combine_routes", mutates_args=())

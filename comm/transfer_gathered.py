@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeweave.comm.codec import decode_rows, encode_rows
 from moeweave.comm.communicator import Communicator
-from moeweave.comm.transfer import backward_rows, from_words, op, pad_rows, return_routes, save_moves, to_words, wide
+from moeweave.comm.transfer import from_words, op, pad_rows, register_dispatch, return_routes, to_words, wide
 
 
 @op("moeweave::gather_rows", mutates_args=())
@@ -54,16 +54,7 @@ def _(x_TD, route_R, *_settings):  # type: ignore[no-untyped-def]
     return x_TD.new_empty(route_R.shape[0], x_TD.shape[1])
 
 
-def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_TD, _, _, *moves, top_k, group, _, back, scale = inputs
-    save_moves(ctx, tuple(moves), num_tokens=x_TD.shape[0], top_k=top_k, group=group, format=back, scale=scale)
-
-
-def _backward_gather(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-    return (backward_rows(ctx, grad_RD), *[None] * 11)
-
-
-gather_rows.register_autograd(_backward_gather, setup_context=_setup_gather)
+register_dispatch(gather_rows, 3)
 
 
 @op("moeweave::combine_prereduced", mutates_args=())

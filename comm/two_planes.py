@@ -1,8 +1,12 @@
-"""An exchange whose columns are shared out over the two planes: part on `push`, the rest on `dma`, at the same time."""
+"""Exchanges that are shared out over the two planes: part on `push`, the rest on `dma`, at the same time.
+
+`TwoPlanes` are collectives over a group a plane, split by columns. `window_planes` are writes into the peers' memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,8 +19,27 @@ from moeweave.comm.streams import Streams
 ALIGN = 16  # bytes: what a device core stores at once
 
 
+class Planes(Protocol):
+    """What the three-stream schedule sends over. Every rank makes the same calls in the same order.
+
+    What an exchange brought is read before the next one is started: it may be memory that peers write again.
+    """
+
+    def all_gather(self, name: str, x_MD: Tensor) -> Pending[Tensor]:
+        """[M, D] of the same M on every rank -> pending [W * M, D], over both planes."""
+
+    def all_to_all(
+        self, name: str, rows: Tensor, sends: Sequence[int], receives: Sequence[int], most: int
+    ) -> Pending[Tensor]:
+        """Rows [N, D] by destination -> pending rows by source, over both planes; no rank sends another more than
+        `most`, which is the same on all ranks."""
+
+    def gather_on_push(self, name: str, x_MD: Tensor) -> Pending[Tensor]:
+        """`all_gather` on the push plane alone, for what must not wait behind rows."""
+
+
 class TwoPlanes:
-    """Exchanges over two groups of the same ranks.
+    """`Planes` over two groups of the same ranks.
 
     Args:
         push, dma: the groups. streams: where they run.
@@ -28,17 +51,21 @@ class TwoPlanes:
         self.streams, self.push_share = streams, push_share
 
     def all_gather(self, name: str, x_MD: Tensor) -> Pending[Tensor]:
-        """[M, D] of the same M on every rank -> pending [W * M, D]."""
+        return self._both(name, x_MD, _gather)
 
-        def post(comm: Communicator, part: Tensor) -> tuple[Tensor, dist.Work | None]:
-            gathered, work = comm.all_gather(part, async_op=True)
-            return gathered.flatten(0, 1), work
-
-        return self._both(name, x_MD, post)
-
-    def all_to_all(self, name: str, rows: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending[Tensor]:
-        """Rows [N, D] by destination -> pending rows by source."""
+    def all_to_all(
+        self, name: str, rows: Tensor, sends: Sequence[int], receives: Sequence[int], most: int = 0
+    ) -> Pending[Tensor]:
         return self._both(name, rows, lambda comm, part: comm.all_to_all(part, sends, receives, async_op=True))
+
+    def gather_on_push(self, name: str, x_MD: Tensor) -> Pending[Tensor]:
+        return self.streams.start("push", name, lambda: joined(*_gather(self.comms["push"], x_MD)))
+
+    def all_to_all_on_push(
+        self, name: str, rows: Tensor, sends: Sequence[int], receives: Sequence[int]
+    ) -> Pending[Tensor]:
+        push = self.comms["push"]
+        return self.streams.start("push", name, lambda: joined(*push.all_to_all(rows, sends, receives, async_op=True)))
 
     def _both(
         self, name: str, rows: Tensor, exchange: Callable[[Communicator, Tensor], tuple[Tensor, dist.Work | None]]
@@ -60,6 +87,11 @@ class TwoPlanes:
         if self.push_share == 1:
             return width
         return min(int(self.push_share * width) // step * step, width)
+
+
+def _gather(comm: Communicator, x_MD: Tensor) -> tuple[Tensor, dist.Work | None]:
+    gathered, work = comm.all_gather(x_MD, async_op=True)
+    return gathered.flatten(0, 1), work
 
 
 def joined(received: Tensor, work: dist.Work | None) -> Pending[Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,13 @@ class WindowMap:
         return self.starts["end"]
 
 
+class Contents(Protocol):
+    """What a window is for, a frozen dataclass."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 class SymmetricWindow:
     """A window by torch.distributed._symmetric_memory. Made by all ranks of `group` together, freed with its last user.
 
@@ -133,7 +140,7 @@ class SymmetricWindow:
         RuntimeError: the ranks ask for different windows, or cannot map each other's memory.
     """
 
-    def __init__(self, group: dist.ProcessGroup, window_map: WindowMap, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, window_map: Contents, device: torch.device) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -145,13 +152,17 @@ class SymmetricWindow:
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody writes before every window is zeros
 
+    def of(self, rank: int) -> Tensor:
+        """A rank's memory as uint8."""
+        return self._handle.get_buffer(rank, (self._memory.numel(),), torch.uint8)
 
-def _check_equal(group: dist.ProcessGroup, window_map: WindowMap) -> None:
+
+def _check_equal(group: dist.ProcessGroup, window_map: Contents) -> None:
     """A fingerprint of sizes across ranks: kernels of different layouts would write over each other."""
-    others: list[WindowMap | None] = [None] * dist.get_world_size(group)
+    others: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(others, window_map, group=group)
     for rank, other in enumerate(others):
-        for field, value in asdict(window_map).items():
+        for field, value in asdict(cast(Any, window_map)).items():
             theirs = getattr(other, field)
             if theirs != value:
                 raise RuntimeError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.kernels_ext.grouped_mm import grouped_mm
+from moeweave.kernels_ext.swiglu import swiglu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -36,6 +37,7 @@ class ExpertWeights:
         gate_up_bias, down_bias: [e, F] and [e, D], or None.
         is_transposed: weights are stored [e, in, out] and not [e, out, in].
         apply_gate: rows_RF -> rows_RI, the gated activation, or the activation alone if there is no gate.
+        is_swiglu: apply_gate is silu(gate) * up, gate in the first half, and the op of that name takes its place.
         post_norm: rows_RD -> rows_RD, applied to each expert's output, or None.
     """
 
@@ -46,6 +48,7 @@ class ExpertWeights:
     down_bias: Tensor | None = None
     is_transposed: bool = False
     post_norm: Callable[[Tensor], Tensor] | None = None
+    is_swiglu: bool = False
 
 
 def local_experts(
@@ -55,7 +58,8 @@ def local_experts(
 
     rows_RD: [R, D], sorted by expert, in the weights' dtype; rows past offsets_e[-1] are not read.
     offsets_e: [e] int32 on the device, the exclusive end of each expert's rows.
-    exact: the caller knows that R == offsets_e[-1], which saves zeroing the tails.
+    exact: the caller knows that R == offsets_e[-1], which saves zeroing the tails; or, without a bias of down and a
+        post-norm, that nobody reads what is past it, in the output and in its gradient: these rows are undefined then.
     impl: implementation of the grouped GEMM, see `grouped_mm`.
     Returns rows_RD [R, D]; rows past offsets_e[-1] are zero, and so is their gradient, whatever gradient comes in.
     Every weight gets a gradient, zero for an expert without rows. Raises ValueError as `grouped_mm` does.
@@ -68,7 +72,8 @@ def local_experts(
         out = grouped_mm(rows, weight, offsets_e, impl=impl, exact=exact)
         return out if bias is None else out.add_(_BiasOfRows.apply(bias, expert_R, offsets_e))
 
-    rows_RI = weights.apply_gate(project(rows_RD, weights.gate_up, weights.gate_up_bias))
+    rows_RF = project(rows_RD, weights.gate_up, weights.gate_up_bias)
+    rows_RI = swiglu(rows_RF, offsets_e) if weights.is_swiglu else weights.apply_gate(rows_RF)
     out_RD = project(rows_RI, weights.down, weights.down_bias)
     if weights.post_norm is not None:
         out_RD = weights.post_norm(out_RD)
@@ -100,6 +105,14 @@ class _BiasOfRows(torch.autograd.Function):
         ends = nn.functional.pad(offsets_e.long(), (1, 0))
         grad_eF = torch.segment_reduce(wide_RF, "sum", offsets=ends, axis=0, unsafe=True, initial=0.0)
         return grad_eF.to(grads[0].dtype), None, None
+
+
+def is_swiglu(experts: nn.Module) -> bool:
+    """Whether the gate of packed experts, ours or as transformers has them, is silu(gate) * up, side by side."""
+    gate = getattr(experts._apply_gate, "__func__", None)
+    plain = gate is Experts._apply_gate or getattr(gate, "__name__", "") == "_default_apply_gate"
+    act = getattr(experts, "act_fn", None)  # gpt-oss has none
+    return plain and (act is nn.functional.silu or type(act).__name__ in ("SiLU", "SiLUActivation"))
 
 
 class Experts(nn.Module):
@@ -173,6 +186,7 @@ class Experts(nn.Module):
             apply_gate=self._apply_gate if self.has_gate else self.act_fn,
             gate_up_bias=getattr(self, f"{up}_bias") if self.has_bias else None,
             down_bias=self.down_proj_bias if self.has_bias else None,
+            is_swiglu=self.has_gate and is_swiglu(self),
         )
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from moeweave.parallel.adapter import UnsupportedModel
-from moeweave.parallel.expert import shadowed
 from moeweave.parallel.ring import BlockMask, CausalMask, DenseMask, FullMask, ring_attention
+from moeweave.parallel.seam import shadowed
 from moeweave.parallel.span import Span, current_span
 from moeweave.parallel.ulysses import check_heads, heads_of, repeat_keys, to_heads, to_positions
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from moeweave.parallel.expert import shadowed
+from moeweave.parallel.seam import shadowed
 
 
 @dataclass(frozen=True)

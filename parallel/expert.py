@@ -13,10 +13,8 @@ Legend: T tokens here, K routes a token, D width, R rows here, E experts, e expe
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,13 +31,14 @@ from moeweave.comm.dispatchers.select import make_dispatcher
 from moeweave.comm.overlap import in_lane, least_of_ranks, run_routed
 from moeweave.comm.topology import Topology
 from moeweave.moe.balance import apply_capacity, load
-from moeweave.moe.experts import ExpertWeights, local_experts
+from moeweave.moe.experts import ExpertWeights, is_swiglu, local_experts
 from moeweave.moe.layer import accumulate, unflatten
 from moeweave.parallel.adapter import MoEBlock, is_gated
 from moeweave.parallel.expert_width import ExpertWidth, placements_of, slice_of
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.placed import SlotTable
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.seam import seam_arguments, shadowed, weights_first
 from moeweave.parallel.span import current_span
 from moeweave.parallel.token_shares import TokenShares
 
@@ -138,7 +137,7 @@ class ExpertCall:
         self.num_local = block.num_slots // mesh.sizes.ep
         self.first_local = mesh.expert.get_local_rank("ep") * self.num_local
         self.own_forward = type(block.experts).forward
-        self.weights_first = _weights_first(self.own_forward)
+        self.weights_first = weights_first(self.own_forward)
         self.run_local = {"packed": self._packed, "stacked": self._stacked, "modulelist": self._listed}[block.kind]
         self.deltas: dict[str, Delta] = {}
         self.masked = False
@@ -160,7 +159,7 @@ class ExpertCall:
         self.kept_E.zero_()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden, ids_TK, weights_TK = _seam_arguments(self.own_forward, args, kwargs)
+        hidden, ids_TK, weights_TK = seam_arguments(self.own_forward, args, kwargs)
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         ids_TK, weights_TK = self._routes(ids_TK, weights_TK)
         num_tokens = x_TD.shape[0]
@@ -258,6 +257,7 @@ class ExpertCall:
             is_transposed=experts.is_transposed,
             apply_gate=experts._apply_gate if gated else experts.act_fn,
             post_norm=post_norm,
+            is_swiglu=gated and is_swiglu(experts),
         )
         return local_experts(weights, rows_RD.to(weights.gate_up.dtype), offsets_e, exact=True)
 
@@ -299,34 +299,6 @@ class ExpertCall:
 
 def _after(first: Callable[[Tensor], Tensor], then: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda rows: then(first(rows))
-
-
-def _seam_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """(hidden, ids, weights) of a call, whichever of the last two comes first: ids are the integers."""
-    names = list(forward.__code__.co_varnames[1 : forward.__code__.co_argcount]) if kwargs else []
-    tensors = [*args, *(kwargs[name] for name in names if name in kwargs)] if names else list(args)
-    tensors += [value for name, value in kwargs.items() if name not in names]
-    hidden, second, third = tensors[:3]
-    return (hidden, third, second) if second.is_floating_point() else (hidden, second, third)
-
-
-def _weights_first(forward: Callable[..., Any]) -> bool:
-    """True for an experts' forward that takes the weights before the ids, by the names of its arguments."""
-    second = "".join(list(inspect.signature(forward).parameters)[2:3])
-    return any(part in second for part in ("weight", "score", "prob"))
-
-
-@contextmanager
-def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """Attributes of the instance that hide the module's parameters of the same names while the block runs."""
-    before = {name: module.__dict__[name] for name in values if name in module.__dict__}
-    module.__dict__.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del module.__dict__[name]
-        module.__dict__.update(before)
 
 
 def install_expert_call(

@@ -12,7 +12,7 @@ import torch
 from moeweave.comm.codec import Codec
 from moeweave.comm.dispatchers.ascend_limits import AscendOptions, check_codec
 from moeweave.comm.dispatchers.select import validate_choice
-from moeweave.comm.three_stream_options import FORMS, ThreeStreamOptions
+from moeweave.comm.three_stream_options import FORMS, PLANES, ThreeStreamOptions
 from moeweave.parallel.keywords import names_nearest, unknown_keyword
 from moeweave.parallel.placed import parse_placement
 from moeweave.parallel.schedules import SCHEDULES
@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "tp_sequence": (False, True),
     "overlap": (None, "microbatch", "three_stream"),
     "three_stream_form": FORMS,
+    "planes": PLANES,
     "grad_sync": ("last", "each"),
 }
 
@@ -74,7 +75,12 @@ class Plan:
         three_stream_form: "gathered", rows go to every rank and leave before the router has run; "routed", they go
             where the router says; "hierarchical", across the network once to each node that needs them, and spread
             there while others cross (combine="prereduced"); "auto", as dispatcher="auto" chooses among the three.
-        push_share: part of rows and results, 0 to 1, that takes the push plane with overlap="three_stream".
+        planes: with overlap="three_stream", what carries gathered rows: "windows", writes into the peers' memory;
+            "collectives"; "auto", windows where CPU ranks share memory. Between NVIDIA GPUs windows must be named, and
+            carry passes in fixed sizes (`max_tokens`): no GPU has run them yet.
+        push_share: part of rows and results, 0 to 1, that takes the push plane with overlap="three_stream". None: by
+            both planes' rates in the topology file, else 0.25.
+        push_sms: multiprocessors that the push plane may take between GPUs over windows, 0 for all.
         max_tokens: with overlap="three_stream" and combine="prereduced", tokens that no rank exceeds in a pass without
             gradients: its sizes are fixed then, and a CUDA graph can capture it. None: agreed in each pass.
         grad_sync: with several micro-batches, gradients are reduced over ranks once ("last"), or with every micro-batch
@@ -107,7 +113,9 @@ class Plan:
     microbatches: int = 2
     overlap_min_tokens: int = 1024
     three_stream_form: str = "auto"
-    push_share: float = 0.25
+    planes: str = "auto"
+    push_share: float | None = None
+    push_sms: int = 0
     max_tokens: int | None = None
     grad_sync: str = "last"
     ds_config: str | Path | Mapping[str, Any] | None = None
@@ -129,9 +137,10 @@ class Plan:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Plan.{name} ({value!r}) must be a whole number of at least {least}.")
         if self.overlap == "three_stream":
-            form, share = self.three_stream_form, self.push_share
+            form, share = self.three_stream_form, 0.0 if self.push_share is None else self.push_share
             combine = self.combine or ("prereduced" if form == "hierarchical" else "exact")
-            ThreeStreamOptions(form, share, combine, max_tokens=self.max_tokens)
+            rest: Any = dict(max_tokens=self.max_tokens, planes=self.planes, num_sms=self.push_sms)
+            ThreeStreamOptions(form, share, combine, **rest)
         if self.data == "zero0" and self.dtype == "bfloat16":
             raise ValueError("Plan.dtype ('bfloat16') needs masters in float32, which data='zero0' lacks. Use 'zero1'.")
         if self.ds_config is not None and self.zero_stage is None:

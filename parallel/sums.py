@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moeweave.parallel.expert import shadowed
+from moeweave.parallel.seam import shadowed
 
 
 def sum_param_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:

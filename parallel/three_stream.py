@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moeweave.comm.codec import Codec
-from moeweave.comm.dispatchers.select import choose_over
+from moeweave.comm.dispatchers.select import check_alike, choose_over
 from moeweave.comm.nodes import Nodes
+from moeweave.comm.plane_links import over_windows
 from moeweave.comm.planes import new_plane_group
+from moeweave.comm.shares import form_over_windows, rates_of_planes, share_of
 from moeweave.comm.streams import Streams, make_streams
 from moeweave.comm.three_stream import Gathering, ThreeStream
 from moeweave.comm.three_stream_options import FORM_OF, ThreeStreamOptions
@@ -48,15 +50,27 @@ def refuse_three_stream(mesh: Mesh, plan: Plan) -> None:
 def options_of(
     plan: Plan, top_k: int, group: ProcessGroup | None, topology: Topology | None = None
 ) -> ThreeStreamOptions:
-    """The plan's; form "auto" is chosen as a dispatcher is, between nodes as well. A collective over `group`."""
-    form = plan.three_stream_form
+    """The plan's; what it leaves open is chosen from the topology file, alike on all ranks. A collective over `group`.
+
+    Form "auto" is chosen as a dispatcher is, between nodes as well; where windows carry gathered rows, by their rates.
+    """
+    form, share, size = plan.three_stream_form, plan.push_share, 1 if group is None else group.size()
     if form == "auto":
-        # Between ranks of one memory two planes of collectives take the place of one-sided writes.
         name, reason = choose_over(group, top_k, plan.combine, topology)
         form = FORM_OF[name]
+        rates = rates_of_planes(topology, size)
+        if topology and rates and form != "hierarchical" and over_windows(group, plan.planes):
+            form, reason = form_over_windows(size, top_k, rates, topology.all_to_all_gbps)
+            form = "gathered" if plan.combine == "prereduced" else form
         logger.info("three_stream_form auto -> %s: %s", form, reason)
+    if share is None:
+        share, reason = share_of(topology, size, plan.push_sms)
+        logger.info("push_share -> %s: %s", share, reason)
+    check_alike(f"{form} and push_share {share}", group)
     combine = plan.combine or ("prereduced" if form == "hierarchical" else "exact")
-    return ThreeStreamOptions(form, plan.push_share, combine, Codec.parse(plan.codec), plan.max_tokens)
+    planes = plan.planes if form == "gathered" else "auto"
+    codec = Codec.parse(plan.codec)
+    return ThreeStreamOptions(form, share, combine, codec, plan.max_tokens, planes=planes, num_sms=plan.push_sms)
 
 
 class PlanesOfModel:

@@ -25,7 +25,8 @@ class PeerWindows:
     """The windows of all ranks, as this rank sees them.
 
     Attributes:
-        windows: one uint8 [W, N] for each rank; row s of window p is what rank s gave rank p.
+        windows: one uint8 [W, N] for each rank; row s of window p is what rank s gave rank p. Rows may lie apart, as
+            far in every window.
         addresses: int64 [W] on the device, where each window begins.
         rank: this rank.
     """
@@ -51,12 +52,13 @@ OP: Op[_PushBlocks] = Op("push_blocks", (triton_impl, reference))
 def push(x_WN: Tensor, peers: PeerWindows, *, num_programs: int = 0, impl: str = "auto") -> None:
     """Write row p of `x_WN` to row `rank` of rank p's window, for every p but this rank.
 
-    x_WN: uint8 [W, N], contiguous. num_programs: how many programs of the kernel share the work; 0 is one for each
-    multiprocessor. Raises ValueError on other shapes, or an impl that cannot run.
+    x_WN: uint8 [W, N], each row contiguous; rows may lie apart, or be one row (expanded). num_programs: how many
+    programs of the kernel share the work; 0 is one for each multiprocessor. Raises ValueError on other shapes, or an
+    impl that cannot run.
     """
-    if x_WN.dtype != torch.uint8 or x_WN.shape != peers.windows[peers.rank].shape:
-        shape = tuple(peers.windows[peers.rank].shape)
+    shape = tuple(peers.windows[peers.rank].shape)
+    if x_WN.dtype != torch.uint8 or x_WN.shape != shape:
         raise ValueError(
             f"x ({x_WN.dtype}, {tuple(x_WN.shape)}) must be uint8 {shape}, as the windows are. View it so."
         )
-    select(OP, x_WN, impl=impl).push(x_WN, peers, num_programs)
+    select(OP, x_WN, peers.windows[peers.rank], impl=impl).push(x_WN, peers, num_programs)

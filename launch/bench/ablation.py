@@ -6,6 +6,7 @@
     two_planes   rows and results take push and dma at the same time, and not push alone; by node: rows spread inside
                  the node while others cross the network
     overlap      exchanges run beside the computation, and not one after the other
+    windows      both planes are writes into the peers' memory, and not collectives  (where ranks reach it)
 
 Every way is a whole layer with a router, routed experts and a shared expert, checked against a plain loop over experts
 on the rows that it ought to see. Rows are gathered in all of them, as router and shared expert may have to run on
@@ -28,13 +29,16 @@ from torch import Tensor
 
 from moeweave.comm.codec import Codec, decode_rows, encode_rows
 from moeweave.comm.communicator import Communicator
+from moeweave.comm.plane_links import can_share, link_of
 from moeweave.comm.planes import new_plane_group
 from moeweave.comm.streams import make_streams
 from moeweave.comm.three_stream import ThreeStream
+from moeweave.comm.three_stream_options import ThreeStreamOptions
 from moeweave.comm.timeline import STREAMS, Timeline, exposed
-from moeweave.comm.two_planes import TwoPlanes
+from moeweave.comm.two_planes import Planes, TwoPlanes
+from moeweave.comm.window_planes import WindowPlanes
 from moeweave.launch.bench import routed, traffic
-from moeweave.launch.bench.ablation_ways import Ingredients, NodeIngredients, ways
+from moeweave.launch.bench.ablation_ways import Ingredients, NodeIngredients, WindowIngredients, ways
 from moeweave.launch.bench.case import Case, Work
 from moeweave.launch.bench.memory import peak_bytes
 from moeweave.launch.schema import BenchConfig
@@ -49,8 +53,7 @@ Line = dict[str, Any]
 def cases(config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
     """A case for each way."""
     layer = Layer(config, mesh)
-    none = NodeIngredients() if "hierarchical" in config.backends else Ingredients()
-    for way in ways(none):
+    for way in ways(layer.none_of("hierarchical" in config.backends)):
         yield layer.case(way, config)
 
 
@@ -69,9 +72,15 @@ class Layer:
             self.router = Router(shape.hidden, shape.experts, shape.topk).to(device, dtype)
             self.shared = SharedExperts(shape.hidden, config.shared_hidden).to(device, dtype)
         up, down = routed.expert_weights(self.task, config.seed)
-        self.weights = ExpertWeights(gate_up=up, down=down, apply_gate=routed.swiglu)
+        self.weights = ExpertWeights(gate_up=up, down=down, apply_gate=routed.swiglu, is_swiglu=True)
         self.shared_hidden = config.shared_hidden
         self.x_TD = self.task.x_TD
+
+    def none_of(self, by_node: bool) -> Ingredients:
+        """The way without any of the ingredients that there can be here. A collective."""
+        if by_node:
+            return NodeIngredients()
+        return WindowIngredients() if can_share(self.push) else Ingredients()
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         _, weights_TK, ids_TK = self.router(x_TD)
@@ -80,8 +89,11 @@ class Layer:
     def codec(self, way: Ingredients) -> Codec:
         return Codec(dispatch=self.format if way.quantise else "none")
 
+    def options(self, way: Ingredients) -> ThreeStreamOptions:
+        return way.options(self.codec(way), self.share, self.num_parts, self.task.shape.tokens)
+
     def schedule(self, way: Ingredients, timeline: Timeline | None = None) -> ThreeStream:
-        options = way.options(self.codec(way), self.share, self.num_parts)
+        options = self.options(way)
         streams = make_streams(self.mesh.device, overlap=way.overlap, timeline=timeline)
         shape, nodes = self.task.shape, self.task.nodes
         return ThreeStream(self.push, self.dma, shape.experts, streams, options, shape.topk, nodes)
@@ -102,7 +114,7 @@ class Layer:
         return schedule.routed(arriving, self.x_TD, *routes, self._experts, lambda: None) + shared_ND[own]
 
     def _experts(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
-        return local_experts(self.weights, rows_RD, offsets_e)
+        return local_experts(self.weights, rows_RD, offsets_e, exact=True)  # nobody reads past the last
 
     @torch.no_grad()
     def expected(self, way: Ingredients) -> Tensor:
@@ -169,7 +181,7 @@ class Layer:
         """What leaves this rank, and of that its node: rows there and back, scales, ids and by node the weights."""
         shape, item = self.task.shape, self.task.dtype.itemsize
         there, back = shape.hidden + 4 if way.quantise else shape.hidden * item, shape.hidden * item
-        ids_TK = self.route(self.x_TD)[0]
+        ids_TK, weights_TK = self.route(self.x_TD)
         rows = traffic.count(ids_TK, self.mesh.rank, self.task.num_local, self.task.nodes)
         if isinstance(way, NodeIngredients):
             unit, about = ("by_node", 8 * shape.topk) if way.by_node else ("routed", 0)
@@ -178,9 +190,9 @@ class Layer:
             if not way.rank_local:
                 sides = [a + n * there for a, n in zip(sides, rows["gathered"], strict=True)]
         else:
-            # Back goes what came: counted where it is sent, over all ranks the same.
-            returned = [n * back for n in rows["routed"]]
-            sides = [a + n * (there + 8 * shape.topk) for a, n in zip(returned, rows["gathered"], strict=True)]
+            # A row there and a sum back for each token and other rank.
+            about = shape.topk * (ids_TK.element_size() + weights_TK.element_size())
+            sides = [n * (there + about + back) for n in rows["gathered"]]
         return sum(sides), sides[0]
 
     def _facts(self, way: Ingredients) -> Line:
@@ -190,21 +202,22 @@ class Layer:
             way.on,
             router_flops=2 * tokens * shape.hidden * shape.experts,
             shared_flops=6 * tokens * shape.hidden * self.shared_hidden,
-            **({} if isinstance(way, NodeIngredients) else self._planes_alone()),
+            **({} if isinstance(way, NodeIngredients) else self._planes_alone(way)),
         )
 
-    def _planes_alone(self) -> Line:
+    def _planes_alone(self, way: Ingredients) -> Line:
         """Microseconds of one exchange of this rank's rows: on push alone, on dma alone, shared out over both."""
-        found = {}
+        found, link = {}, link_of(self.push, self.options(way))
         for name, share in (("push", 1.0), ("dma", 0.0), ("both", self.share)):
             streams = make_streams(self.mesh.device)
-            planes = TwoPlanes(Communicator(self.push), Communicator(self.dma), streams, share)
+            planes: Planes = TwoPlanes(Communicator(self.push), Communicator(self.dma), streams, share)
+            planes = planes if link is None else WindowPlanes(link, streams, share)
             found[f"{name}_us"] = _best_us(functools.partial(_gather, planes, self.x_TD), self.mesh)
             streams.close()
         return found
 
 
-def _gather(planes: TwoPlanes, x_TD: Tensor) -> Tensor:
+def _gather(planes: Planes, x_TD: Tensor) -> Tensor:
     return planes.all_gather("rows", x_TD).wait()
 
 
@@ -245,7 +258,7 @@ def relate(lines: list[Line]) -> None:
 
 
 def _key(line: Line) -> tuple[bool | None, ...]:
-    return tuple(line["ablation"].get(name) for name in ("rank_local", "by_node", "quantise", "two_planes"))
+    return tuple(line["ablation"].get(name) for name in ("rank_local", "by_node", "quantise", "two_planes", "windows"))
 
 
 def table(lines: list[Line]) -> list[str]:
@@ -268,8 +281,10 @@ def table(lines: list[Line]) -> list[str]:
             f"{sent:>12} {across:>12} {facts['router_flops']:>12} {facts['shared_flops']:>12} "
             f"{line['peak_memory']:>12}  {sides}"
         )
-    facts = found[-1]["ablation"]
-    if "both_us" not in facts:
-        return out
-    push, dma, both = (facts[f"{name}_us"] for name in ("push", "dma", "both"))
-    return [*out, f"# rows on push {push:.1f}, on dma {dma:.1f}, on both {both:.1f} us: {min(push, dma) / both:.2f}x"]
+    for windows in (False, True):
+        told = [line["ablation"] for line in found if line["ablation"].get("windows", False) == windows]
+        if told and "both_us" in told[-1]:
+            push, dma, both = (told[-1][f"{name}_us"] for name in ("push", "dma", "both"))
+            times = f"push {push:.1f}, on dma {dma:.1f}, on both {both:.1f} us: {min(push, dma) / both:.2f}x"
+            out.append(f"# rows over {'windows' if windows else 'collectives'}, on {times}")
+    return out

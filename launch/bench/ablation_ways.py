@@ -11,7 +11,7 @@ from moeweave.comm.three_stream_options import ThreeStreamOptions
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Which are on, where rows are gathered.
+    """Which are on, wherever rows are gathered.
 
     Attributes:
         rank_local: router and shared expert run on this rank's tokens, and not on all ranks' gathered ones.
@@ -38,8 +38,25 @@ class Ingredients:
             return f"all but {off[0]}"
         return "all" if not off else "none" if not on else " + ".join(on)
 
-    def options(self, codec: Codec, push_share: float, num_parts: int) -> ThreeStreamOptions:
-        return ThreeStreamOptions("gathered", push_share if self.two_planes else 1.0, "exact", codec)
+    def options(self, codec: Codec, push_share: float, num_parts: int, max_tokens: int) -> ThreeStreamOptions:
+        """How the schedule runs so: in fixed sizes of `max_tokens`, a sum a token and rank back."""
+        share = push_share if self.two_planes else 1.0
+        return ThreeStreamOptions("gathered", share, "prereduced", codec, max_tokens, planes="collectives")
+
+
+@dataclass(frozen=True)
+class WindowIngredients(Ingredients):
+    """Which are on, where ranks can write into each other's memory.
+
+    Attributes:
+        windows: both planes are writes into windows, and not collectives.
+    """
+
+    windows: bool = False
+
+    def options(self, codec: Codec, push_share: float, num_parts: int, max_tokens: int) -> ThreeStreamOptions:
+        options = super().options(codec, push_share, num_parts, max_tokens)
+        return replace(options, planes="windows") if self.windows else options
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,7 @@ class NodeIngredients(Ingredients):
 
     by_node: bool = False
 
-    def options(self, codec: Codec, push_share: float, num_parts: int) -> ThreeStreamOptions:
+    def options(self, codec: Codec, push_share: float, num_parts: int, max_tokens: int) -> ThreeStreamOptions:
         if self.by_node:
             parts = num_parts if self.two_planes else 0
             return ThreeStreamOptions("hierarchical", combine="prereduced", codec=codec, num_parts=parts)

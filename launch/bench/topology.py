@@ -16,7 +16,7 @@ from moeweave.comm.engines import shares_memory
 from moeweave.comm.peers import host_name
 from moeweave.comm.topology import Topology
 from moeweave.launch import runlog
-from moeweave.launch.bench import collectives
+from moeweave.launch.bench import collectives, raw
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.report import matrix
 from moeweave.launch.schema import BenchConfig
@@ -48,7 +48,8 @@ def check(op: str, config: BenchConfig, ranks: int) -> None:
 
 
 def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
-    """Every pair, then all-to-all and all-gather of the largest size, and the smallest all-to-all."""
+    """Every pair, then all-to-all and all-gather of the largest size, and the smallest all-to-all; and where ranks can
+    write into each other's memory, both planes."""
     smallest = replace(config, max_size=config.min_size, in_place=False)
     largest = replace(config, min_size=config.max_size, in_place=False)
     for case in collectives.cases("pairs", largest, mesh):
@@ -60,6 +61,9 @@ def cases(op: str, config: BenchConfig, mesh: Mesh) -> Iterator[Case]:
     ):
         for case in collectives.cases(name, sizes, mesh):
             yield replace(case, op=op, label=label)
+    if is_one_memory(mesh) and mesh.device.type in ("cpu", "cuda"):
+        for case in raw.cases(op, replace(largest, backend=list(raw.PLANES), shape=None), mesh):
+            yield replace(case, label=case.backend)
 
 
 def places(mesh: Mesh) -> list[Place]:
@@ -80,7 +84,8 @@ def is_one_memory(mesh: Mesh) -> bool:
 def topology(lines: list[Line], mesh: Mesh, config: BenchConfig) -> Topology | None:
     """What the lines of this operation say, for the first backend; None where a result was wrong. A collective."""
     where = places(mesh)
-    mine = [line for line in lines if line["op"] == "topology" and line["backend"] == (config.backends or ["torch"])[0]]
+    used = {(config.backends or ["torch"])[0], *raw.PLANES}
+    mine = [line for line in lines if line["op"] == "topology" and line["backend"] in used]
     if any(line["wrong"] for line in mine):
         return None
     by_label = {line["label"]: line for line in mine}
@@ -97,7 +102,18 @@ def topology(lines: list[Line], mesh: Mesh, config: BenchConfig) -> Topology | N
         all_gather_gbps=by_label["all_gather"]["busbw"],
         all_to_all_us=by_label[LATENCY]["median"],
         measured_bytes=config.max_size,
+        **_planes(by_label, mesh, config),
     )
+
+
+def _planes(by_label: dict[str, Line], mesh: Mesh, config: BenchConfig) -> dict[str, Any]:
+    """Rates of both planes, where they were measured."""
+    if "push" not in by_label:
+        return {}
+    sms = 0
+    if mesh.device.type == "cuda":
+        sms = config.programs or torch.cuda.get_device_properties(mesh.device).multi_processor_count
+    return {"push_gbps": by_label["push"]["busbw"], "dma_gbps": by_label["dma"]["busbw"], "push_sms": sms}
 
 
 def table(found: Topology) -> list[str]:

@@ -31,8 +31,8 @@ from run_ranks import run_ranks
 BF16, DIM, EXPERTS, TOP_K = torch.bfloat16, 64, 8, 3
 INT8 = Codec(dispatch="int8")
 FORMS = {
-    "gathered": ThreeStreamOptions("gathered", 0.0, codec=INT8),
-    "prereduced": ThreeStreamOptions("gathered", 0.25, combine="prereduced", codec=INT8, max_tokens=20),
+    "gathered": ThreeStreamOptions("gathered", 0.0, codec=INT8, planes="collectives"),
+    "prereduced": ThreeStreamOptions("gathered", 0.25, "prereduced", INT8, max_tokens=20, planes="collectives"),
     "routed": ThreeStreamOptions("routed", 0.5, codec=INT8),
 }
 

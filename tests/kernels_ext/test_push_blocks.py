@@ -45,6 +45,20 @@ def test_the_kernel_writes_what_copies_would(num_ranks: int, rank: int, num_byte
     check(x_WN, windows, rank)
 
 
+@pytest.mark.parametrize("device, impl", [("cpu", "reference"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("same_for_all", [False, True])
+def test_parts_of_blocks_that_lie_apart(same_for_all: bool, device: str, impl: str) -> None:
+    x_WN, wholes = blocks(4, 4096, 2, device)
+    if same_for_all:
+        x_WN = x_WN[:1].expand(4, -1)
+    columns = slice(1024, 3072)
+    peers = PeerWindows.of([whole[:, columns] for whole in wholes], 2)
+    push(x_WN[:, columns], peers, impl=impl)
+    check(x_WN[:, columns], [whole[:, columns] for whole in wholes], 2)
+    for whole in wholes:
+        assert bool((whole[:, :1024] == 255).all()) and bool((whole[:, 3072:] == 255).all())
+
+
 @pytest.mark.gpu
 def test_offsets_beyond_2_to_the_31_bytes() -> None:
     num_bytes = (1 << 31) + 16

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moeweave.comm.timeline import STREAMS
 from moeweave.launch.bench import report
-from moeweave.launch.bench.ablation_ways import Ingredients, NodeIngredients
+from moeweave.launch.bench.ablation_ways import NodeIngredients, WindowIngredients
 from moeweave.launch.bench.ablation_ways import ways as all_ways
 from moeweave.launch.bench.program import bench
 from moeweave.launch.schema import BenchConfig
@@ -27,18 +27,19 @@ def lines(world: int, values: dict[str, Any]) -> list[dict[str, Any]]:
 def test_every_way_is_right_and_counted(world: int, codec: str, share: float, tmp_path: Path) -> None:
     found = run_ranks(world, lines, world, dict(codec=codec, push_share=share))[0]
     ways = {line["backend"]: line for line in found if "ablation" in line}
-    assert list(ways) == [way.name for way in all_ways(Ingredients())] and len(ways) == 10
+    assert list(ways) == [way.name for way in all_ways(WindowIngredients())] and len(ways) == 12
     assert all(line["wrong"] == 0 for line in found)
     none, every = ways["none"], ways["all"]
     assert none["gain"] == 1.0 and none["peak_memory"] > 13 * 32 * 4
     assert none["ablation"]["router_flops"] == world * every["ablation"]["router_flops"] == world * 2 * 13 * 32 * 8
     assert none["ablation"]["shared_flops"] == world * every["ablation"]["shared_flops"]
-    saved = world * (world - 1) * 13 * (32 * 4 - 32 - 4)
-    assert none["wire_bytes"] - every["wire_bytes"] == pytest.approx(saved, abs=world * 3 * 13 * 32 * 4)
+    assert none["wire_bytes"] - every["wire_bytes"] == world * (world - 1) * 13 * (32 * 4 - 32 - 4)
+    assert none["wire_bytes"] == ways["windows"]["wire_bytes"] == world * (world - 1) * 13 * (2 * 32 * 4 + 3 * 12)
     assert none["sides"]["dma"] == 0.0 and (every["sides"]["dma"] > 0) == (share < 1)
     assert "slowdown" in every and "slowdown" not in none
     text = report.table(found, {"device_name": "cpu", "ranks": world, "versions": {"torch": "2"}})
-    assert "all but two_planes" in text and "rows on push" in text
+    assert "all but two_planes" in text and "all but windows" in text
+    assert "# rows over collectives, on push" in text and "# rows over windows, on push" in text
     report.write(found, tmp_path)
     for name in ("none", "all"):
         assert (tmp_path / f"timeline-{name}.png").stat().st_size > 0

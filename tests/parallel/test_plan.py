@@ -29,7 +29,9 @@ LEGAL = dict(
     microbatches=[2, 5],
     overlap_min_tokens=[0, 4096],
     three_stream_form=["auto", "gathered", "routed"],
-    push_share=[0.0, 1.0],
+    push_share=[0.0, 1.0, None],
+    planes=["auto", "windows", "collectives"],
+    push_sms=[0, 16],
     grad_sync=["last", "each"],
 )
 
