@@ -235,6 +235,8 @@ class BenchConfig:
     warmup: int = 5
     flush: bool = True
     graph: bool = False
+    average: bool = False
+    kernel_times: bool = False
     seed: int = 0
     ablate: bool = False
     shared_hidden: int = 256

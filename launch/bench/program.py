@@ -32,6 +32,7 @@ OPS: dict[str, ModuleType] = {
     "overlap": overlap,
     "topology": topology,
 }
+Line = dict[str, Any]
 PEAK_BYTES = 256 << 20  # an array that saturates the links of an accelerator
 
 PROGRAM = cli.Program(
@@ -85,18 +86,24 @@ def _compare(arguments: list[str]) -> int:
 
 
 def start(*configs: BenchConfig) -> int:
-    """Runs checked configs of as many ranks each, one after the other on the same ranks; returns the exit code."""
+    """Runs configs of as many ranks each, one after the other on the same ranks; returns the exit code."""
+    return int(any(line["wrong"] for line in measured(*configs)))
+
+
+def measured(*configs: BenchConfig) -> list[Line]:
+    """The lines of all configs, run and printed as `start` does, on ranks of its own; those of a launcher end here."""
     first, ranks = configs[0], env.launched_ranks()
     world = first.ranks if ranks is None else ranks.world
     for config in configs:
         check(config, world, own_ranks=ranks is None)
+    env.quiet_profiler()
     if ranks is not None:
-        elastic.leave(int(rank_main(configs, world)))
+        elastic.leave(int(any(line["wrong"] for line in rank_main(configs, world))))
     on_cpu = first.device == "cpu" or not elastic.has_accelerator()
     logs = Path(tempfile.mkdtemp(prefix="moeweave-bench-"))
-    wrong = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
+    lines: list[Line] = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
     shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
-    return int(wrong)
+    return lines
 
 
 def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
@@ -115,6 +122,10 @@ def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
         raise ConfigError(f"ranks={world}: this machine has {count} devices. Set ranks={count}, or device=cpu.")
     if config.graph and (on_cpu or not torch.version.cuda):
         raise ConfigError("graph=true: CUDA graphs need a CUDA device. Set graph=false.")
+    if config.kernel_times and not on_cpu and found is not None and found.type != "cuda":
+        raise ConfigError(f"kernel_times=true: reads the kernels of CUDA devices, not {found.type}. Leave it out.")
+    if config.average and "overlap" in config.ops:
+        raise ConfigError("average=true: op=overlap times each iteration's sides. Set average=false.")
     check_ops(config, world)
 
 
@@ -126,20 +137,20 @@ def check_ops(config: BenchConfig, world: int) -> None:
         OPS[op].check(op, config, world)
 
 
-def rank_main(configs: Sequence[BenchConfig], world: int) -> bool:
-    """One rank's life; whether any result was wrong. Rank 0 tells and writes each config's figures when it has them."""
-    wrong = False
+def rank_main(configs: Sequence[BenchConfig], world: int) -> list[Line]:
+    """One rank's life; all lines. Rank 0 tells and writes each config's figures when it has them."""
+    found: list[Line] = []
     for config in configs:
         lines = bench(config, world)
-        wrong |= any(line["wrong"] for line in lines)
+        found += lines
         if dist.get_rank() == 0:
             _tell(lines, config)
     dist.barrier()
     dist.destroy_process_group()
-    return wrong
+    return found
 
 
-def _tell(lines: list[dict[str, Any]], config: BenchConfig) -> None:
+def _tell(lines: list[Line], config: BenchConfig) -> None:
     print(report.table(lines, lines[0]["context"]))
     if "topology" in config.ops:
         told = "written" if lines[0]["topology"] else "not written, a result was wrong"
@@ -149,7 +160,7 @@ def _tell(lines: list[dict[str, Any]], config: BenchConfig) -> None:
         print(f"written: {config.out}/bench.jsonl, bench.csv, bench.png", flush=True)
 
 
-def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:
+def bench(config: BenchConfig, world: int) -> list[Line]:
     """One rank's part: every case in turn. Returns the lines, the same on every rank."""
     mesh = mw.Mesh(dp=world, ep=world, device=config.device)
     lines, quiet = [], mesh.rank > 0 or not sys.stderr.isatty()
@@ -161,7 +172,8 @@ def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:
             progress.advance(task)
     about = _context(config, mesh)
     for line in lines:
-        line |= {"flush": config.flush, "routing": config.routing, "device": mesh.device.type, "context": about}
+        line |= {"flush": config.flush and not config.average, "routing": config.routing, "device": mesh.device.type}
+        line |= {"context": about} | ({"average": True} if config.average else {})
     report.relate(lines)
     overlap.relate(lines)
     ablation.relate(lines)
@@ -196,7 +208,7 @@ def _peaks(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
             yield dataclasses.replace(case, op="peak", label="raw")
 
 
-def _write_topology(lines: list[dict[str, Any]], config: BenchConfig, mesh: mw.Mesh) -> None:
+def _write_topology(lines: list[Line], config: BenchConfig, mesh: mw.Mesh) -> None:
     found = topology.topology(lines, mesh, config)
     lines[0]["topology"] = None if found is None else topology.table(found)
     if found is not None and mesh.rank == 0:
