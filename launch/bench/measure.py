@@ -193,7 +193,7 @@ def _kernel_times(
     """`kernel` and `kernel_least`, medians in microseconds of iterations timed once more under the profiler."""
     with torch.profiler.profile() as profile:
         _times(case, run, hold, config, mesh)
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profile.profiler.kineto_results.events()
     mine = torch.tensor(kernels.times(events, mesh.device.type), dtype=torch.float64)
     slowest = _over_ranks(mine, dist.ReduceOp.MAX, mesh)
     least = _over_ranks(mine.masked_fill(mine == 0, torch.inf), dist.ReduceOp.MIN, mesh)

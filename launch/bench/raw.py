@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -175,7 +176,8 @@ def cases(op: str, config: BenchConfig, mesh: Mesh, num_bytes: int = 0) -> Itera
         for name in config.backends or list(BACKENDS):
             plane = backend_factory(name, BACKENDS, op)(mesh.group("ep"), block, config)
             work = make_work(plane, block, mesh)
-            yield Case(op, name, block * (mesh.world - 1), block, "uint8", work, label=config.shape or "")
+            facts = partial(dict, programs=config.programs) if config.programs and name == "push" else None
+            yield Case(op, name, block * (mesh.world - 1), block, "uint8", work, label=config.shape or "", facts=facts)
 
 
 def block_bytes(size: int, ranks: int) -> int:
