@@ -82,7 +82,7 @@ def measure(case: Case, config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         _trace(case, run, hold, config, mesh)
     line |= figures(times, case, line["logical_bytes"], mesh.world)
     if config.kernel_times:
-        line |= _kernel_times(case, run, hold, config, mesh)
+        line |= _kernel_times(case, run, config, mesh)
     return line if case.facts is None else line | case.facts()
 
 
@@ -187,10 +187,13 @@ def _back_to_back(run: Callable[[], object], config: BenchConfig, mesh: Mesh) ->
     return Times(slowest[:, 0], slowest[:, 1], {})
 
 
-def _kernel_times(
-    case: Case, run: Callable[[], object], hold: _Hold | None, config: BenchConfig, mesh: Mesh
-) -> dict[str, float | None]:
-    """`kernel` and `kernel_least`, medians in microseconds of iterations timed once more under the profiler."""
+def _kernel_times(case: Case, run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> dict[str, float | None]:
+    """`kernel` and `kernel_least`, medians in microseconds of iterations timed once more under the profiler.
+
+    Hosts launch more slowly there, so how long devices are held is found anew; that run also starts the profiler up.
+    """
+    with torch.profiler.profile():
+        hold = _hold_for(run, mesh)
     with torch.profiler.profile() as profile:
         _times(case, run, hold, config, mesh)
     events: Any = profile.profiler.kineto_results.events()

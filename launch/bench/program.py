@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from moeweave.launch import cli, elastic, env, runlog
 from moeweave.launch.bench import ablation, collectives, overlap, raw, report, routed, shapes, topology
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.measure import measure
-from moeweave.launch.schema import BenchConfig, ConfigError
+from moeweave.launch.schema import BenchConfig, ConfigError, at_least
 
 # op: the module with its `check` and `cases`.
 OPS: dict[str, ModuleType] = {
@@ -33,6 +34,15 @@ OPS: dict[str, ModuleType] = {
     "topology": topology,
 }
 Line = dict[str, Any]
+# What only some operations read: the field, and which.
+READ_BY = {
+    "shape": (*routed.OPS, "raw", "overlap"),
+    "routing": (*routed.OPS, "raw"),
+    "codec": routed.OPS,
+    "num_sms": routed.OPS,
+    "programs": ("raw", "overlap"),
+    "ablate": ("moe_layer",),
+}
 PEAK_BYTES = 256 << 20  # an array that saturates the links of an accelerator
 
 PROGRAM = cli.Program(
@@ -41,11 +51,16 @@ PROGRAM = cli.Program(
     summary=(
         "Times collectives and MoE operations between ranks, each checked against known results first. The columns\n"
         "are those of nccl-tests; the exit code is 1 where a result was wrong.\n"
-        "`moeweave-bench compare old.jsonl new.jsonl --threshold 0.1` compares two runs, and exits 1 on a slower line."
+        "`moeweave-bench compare old.jsonl new.jsonl --threshold 0.1` compares two runs, and exits 1 on a slower one.\n"
+        "`python -m moeweave.launch.bench.nccl_tests FOLDER ranks=2` runs beside the binaries of nccl-tests."
     ),
     examples=(
         ("moeweave-bench", "all_reduce from 1 KiB to 4 MiB on two ranks of this machine"),
         ("moeweave-bench op='[all_gather,all_to_all]' ranks=4 device=cpu max_size=16777216", "two collectives"),
+        (
+            "moeweave-bench op=all_to_all average=true kernel_times=true",
+            "back to back, and the profiler's time of kernels",
+        ),
         ("moeweave-bench op=dispatch backend='[alltoall,allgather]' shape=v3-decode128", "dispatchers side by side"),
         ("moeweave-bench op='[dispatch,combine,moe_layer]' routing=zipf tokens=1000 out=runs/bench", "with files"),
         ("moeweave-bench op=moe_layer ablate=true out=runs/bench", "what each part of the three-stream schedule gives"),
@@ -62,7 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
-    return cli.run(PROGRAM, cli.starting(PROGRAM, start), arguments)
+    return cli.run(PROGRAM, cli.starting(PROGRAM, _start), arguments)
+
+
+def _start(config: BenchConfig) -> int:
+    """What the user typed: refuses what would be without effect."""
+    check_ops(config, config.ranks if (ranks := env.launched_ranks()) is None else ranks.world)
+    usual = BenchConfig()
+    for name, ops in READ_BY.items():
+        value = getattr(config, name)
+        if value != getattr(usual, name) and not set(ops) & set(config.ops):
+            raise ConfigError(
+                f"{name}={value}: op={config.op} does not read it. Leave it out, or use {', '.join(ops)}."
+            )
+    return start(config)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,6 +105,7 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument("--threshold", type=float, default=0.1, help="how much slower is too slow, 0.1 is 10 %%")
     try:
         args = parser.parse_args(arguments)
+        at_least(0, threshold=args.threshold)
         text, bad = report.compare(args.old, args.new, args.threshold)
     except ConfigError as error:
         print(f"moeweave-bench: error: {error}", file=sys.stderr)
@@ -124,9 +153,24 @@ def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
         raise ConfigError("graph=true: CUDA graphs need a CUDA device. Set graph=false.")
     if config.kernel_times and not on_cpu and found is not None and found.type != "cuda":
         raise ConfigError(f"kernel_times=true: reads the kernels of CUDA devices, not {found.type}. Leave it out.")
+    files = {
+        "out": config.out,
+        "trace": config.trace,
+        "topology": config.topology if "topology" in config.ops else None,
+    }
+    for name, path in files.items():
+        if path is not None:
+            _check_writable(name, Path(path))
     if config.average and "overlap" in config.ops:
         raise ConfigError("average=true: op=overlap times each iteration's sides. Set average=false.")
     check_ops(config, world)
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """Raise ConfigError where nothing can be written at `path`, before what goes there has been measured."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not os.access(there, os.W_OK) or not (there.is_dir() or (there == path and name == "topology")):
+        raise ConfigError(f"{name}={path}: {there} cannot hold it. Name a place that can be written.")
 
 
 def check_ops(config: BenchConfig, world: int) -> None:
