@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -176,7 +176,8 @@ def cases(op: str, config: BenchConfig, mesh: Mesh, num_bytes: int = 0) -> Itera
         for name in config.backends or list(BACKENDS):
             plane = backend_factory(name, BACKENDS, op)(mesh.group("ep"), block, config)
             work = make_work(plane, block, mesh)
-            facts = partial(dict, programs=config.programs) if config.programs and name == "push" else None
+            told = config.programs is not None and name == "push"
+            facts = partial(dict[str, Any], programs=config.programs) if told else None
             yield Case(op, name, block * (mesh.world - 1), block, "uint8", work, label=config.shape or "", facts=facts)
 
 

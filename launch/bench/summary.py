@@ -84,10 +84,14 @@ def raw_markdown(lines: list[Line]) -> list[str]:
         name = shape + (f", {programs} programs" if programs else "") + (", graph" if any_line["graph"] else "")
         cells = [name, f"{any_line['size'] / 1e6:.1f}"]
         for way in RAW:
-            line = ways.get(way)
-            cells += ["", ""] if line is None else [f"{line['median']:.1f} ({line['min']:.1f})", f"{line['busbw']:.0f}"]
+            found = ways.get(way)
+            cells += ["", ""] if found is None else [_cell(found), f"{found['busbw']:.0f}"]
         table.append(f"| {' | '.join(cells)} |")
     return table
+
+
+def _cell(line: Line) -> str:
+    return f"{line['median']:.1f} ({line['min']:.1f})"
 
 
 def rows(lines: list[Line]) -> Iterator[Line]:
