@@ -211,7 +211,7 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
     if sums_over_ranks(record):
         for layer in record.layers:
             layer.reduce = functools.partial(sum_over_ranks, record=record)
-    # Not by a decorator, which would import Dynamo, half a second, together with this module.
+    # Not by a decorator, which would import Dynamo together with this module.
     reason = "torch 2.11's Dynamo loses part of the gradient of the sum over ranks"
     global_loss = torch.compiler.disable(global_aux_loss, reason=reason)
 

@@ -165,7 +165,7 @@ class Pipeline:
 
     def _make_step(self, count: int, rows: int, width: int, aux_on: bool) -> Any:
         """Shapes are said beforehand: else torch's runtime would run a forward of its own to find them."""
-        from torch.distributed.pipelining import PipelineStage  # half a second of imports, for pp alone
+        from torch.distributed.pipelining import PipelineStage  # imports Dynamo, which only pp needs
 
         mesh, last = self.record.mesh, self.layout.num_stages - 1
         dtype = self.dtype

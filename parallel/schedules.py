@@ -66,7 +66,7 @@ class Layout:
 
 def make_schedule(layout: Layout, stages: list[PipelineStage], microbatches: int) -> Callable[..., object]:
     """The `step` of torch's schedule over this rank's stages; the last stage's output is the loss, not scaled again."""
-    from torch.distributed import pipelining  # half a second of imports, for pp alone
+    from torch.distributed import pipelining  # imports Dynamo, which only pp needs
 
     kind = getattr(pipelining.schedules, _CLASSES[layout.schedule])
     given = stages[0] if layout.num_stages == layout.pp else stages

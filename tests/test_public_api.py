@@ -35,7 +35,7 @@ def test_import_leaves_optional_packages_alone():
 
 
 def test_import_brings_no_compiler_that_torch_does_not_bring():
-    """Dynamo, which torch's pipelining imports as well, would be a quarter of the time that `import moeweave` takes."""
+    """Dynamo, which torch's pipelining imports as well, would be a seventh of the time that `import moeweave` takes."""
     code = (
         "import sys, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor.parallel\n"
         "before = 'torch._dynamo' in sys.modules\n"
