@@ -15,13 +15,15 @@
 
 Set by `import moeweave`: TORCH_DEVICE_BACKEND_AUTOLOAD=0, where torch-npu is installed without CANN.
 Set here for the ranks that this program starts, unless the user has set them: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1;
-GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, so that ranks listen on the interface that they share and on no other.
+GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, so that ranks listen on the interface that they share and on no other;
+KINETO_LOG_LEVEL=6, by `moeweave-bench`.
 What torch, transformers and rich read for themselves (MASTER_ADDR, NCCL_SOCKET_IFNAME, NO_COLOR, ...) is theirs.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,17 @@ def use_a_store_per_restart() -> None:
     Otherwise they read the addresses of the ranks before them in the old one, and wait for those (pytorch#135712).
     """
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
+def quiet_profiler() -> None:
+    """torch's profiler, here and in processes started from here, prints no line each time it starts and stops."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+def with_libraries(folders: Iterable[Path]) -> dict[str, str]:
+    """This process's environment with `folders` first where a program that it starts looks for shared libraries."""
+    before = os.environ.get("LD_LIBRARY_PATH", "")
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join([*map(str, folders), *filter(None, [before])])}
 
 
 def use_interface(name: str | None) -> None:

@@ -235,6 +235,8 @@ class BenchConfig:
     warmup: int = 5
     flush: bool = True
     graph: bool = False
+    average: bool = False
+    kernel_times: bool = False
     seed: int = 0
     ablate: bool = False
     shared_hidden: int = 256
@@ -249,13 +251,14 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         at_least(2, ranks=self.ranks, factor=self.factor)
-        at_least(1, programs=self.programs or 1, num_sms=min(self.num_sms, default=1))
+        at_least(1, programs=1 if self.programs is None else self.programs, num_sms=min(self.num_sms, default=1))
         at_least(1, tokens=self.tokens, hidden=self.hidden, experts=self.experts, topk=self.topk)
         at_least(1, shared_hidden=self.shared_hidden, num_parts=self.num_parts)
         at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
         at_least(0, warmup=self.warmup)
         at_least(self.min_size, max_size=self.max_size)
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        require(bool(self.op), "op", self.op, "names no operation", "Write op=all_reduce, or a list.")
         require(0 <= self.push_share <= 1, "push_share", self.push_share, "is no share", "Set 0 to 1.")
         one_of("routing", self.routing, ("uniform", "balanced", "zipf", "one_hot"))
 

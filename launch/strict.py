@@ -29,6 +29,8 @@ def build(schema: type[T], values: Mapping[str, Any]) -> T:
         built: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         first_line = str(error).splitlines()[0]
+        if "is not a ListConfig" in first_line:
+            raise ConfigError(f"{error.full_key}: must be a list. Write {error.full_key}='[...]'.") from error
         raise ConfigError(f"{error.full_key or schema.__name__}: {first_line}. Correct the value.") from error
     return built
 

@@ -60,7 +60,6 @@ def add_balance_loss(output: Any, logits: list[Tensor], mask: Tensor | None, rec
     output.router_logits = tuple(logits)
 
 
-@torch.compiler.disable(reason="torch 2.11's Dynamo loses part of the gradient of the sum over ranks")
 def global_aux_loss(logits: tuple[Tensor, ...], aux_local: Tensor, mask: Tensor | None, record: Record) -> Tensor:
     """Load-balancing loss of the global batch, equal on every rank.
 

@@ -211,6 +211,9 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
     if sums_over_ranks(record):
         for layer in record.layers:
             layer.reduce = functools.partial(sum_over_ranks, record=record)
+    # Not by a decorator, which would import Dynamo together with this module.
+    reason = "torch 2.11's Dynamo loses part of the gradient of the sum over ranks"
+    global_loss = torch.compiler.disable(global_aux_loss, reason=reason)
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -237,7 +240,7 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
                 )
             given = forward.bind_partial(*args, **kwargs).arguments
             mask = {**given, **given.get("kwargs", {})}.get("attention_mask")
-            aux = global_aux_loss(output.router_logits, aux_local, mask, record)
+            aux = global_loss(output.router_logits, aux_local, mask, record)
         if output.loss is not None:
             output.loss = output.loss + record.aux_coef * (aux * record.aux_share - aux_local)
         output.aux_loss = aux

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 
 from moeweave.parallel import aux_loss as aux_losses
 from moeweave.parallel import loss as losses
@@ -166,6 +165,8 @@ class Pipeline:
 
     def _make_step(self, count: int, rows: int, width: int, aux_on: bool) -> Any:
         """Shapes are said beforehand: else torch's runtime would run a forward of its own to find them."""
+        from torch.distributed.pipelining import PipelineStage  # imports Dynamo, which only pp needs
+
         mesh, last = self.record.mesh, self.layout.num_stages - 1
         dtype = self.dtype
         hidden = torch.empty(rows, width, self.width, dtype=dtype, device="meta", requires_grad=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.distributed import pipelining
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble", "dualpipev")
 _CLASSES = {
@@ -62,8 +64,10 @@ class Layout:
             )
 
 
-def make_schedule(layout: Layout, stages: list[pipelining.PipelineStage], microbatches: int) -> Callable[..., object]:
+def make_schedule(layout: Layout, stages: list[PipelineStage], microbatches: int) -> Callable[..., object]:
     """The `step` of torch's schedule over this rank's stages; the last stage's output is the loss, not scaled again."""
+    from torch.distributed import pipelining  # imports Dynamo, which only pp needs
+
     kind = getattr(pipelining.schedules, _CLASSES[layout.schedule])
     given = stages[0] if layout.num_stages == layout.pp else stages
     schedule = kind(given, microbatches, loss_fn=lambda output, target: output.sum(), scale_grads=False)

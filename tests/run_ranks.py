@@ -44,6 +44,7 @@ PRELOAD = [
     "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "torch._dynamo",
+    "torch.distributed.pipelining",
     "safetensors.torch",
     "transformers.modeling_utils",
     "transformers.generation",

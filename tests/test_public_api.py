@@ -32,3 +32,15 @@ def test_import_leaves_optional_packages_alone():
     code = f"import sys, moeweave; sys.exit(', '.join(name for name in {optional} if name in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_import_brings_no_compiler_that_torch_does_not_bring():
+    """Dynamo, which torch's pipelining imports as well, would be a seventh of the time that `import moeweave` takes."""
+    code = (
+        "import sys, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor.parallel\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "import moeweave\n"
+        "sys.exit(('torch._dynamo' in sys.modules) != before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

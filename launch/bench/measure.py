@@ -1,4 +1,7 @@
-"""How a case is timed: checked, warmed up, then one iteration at a time; the slowest rank's time counts."""
+"""How a case is timed: checked, warmed up, then one iteration at a time, or with `average=true` back to back.
+
+The slowest rank's time counts.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from moeweave.launch.bench import kernels
 from moeweave.launch.bench.case import Case
 from moeweave.launch.schema import BenchConfig
 from moeweave.parallel.mesh import Mesh
@@ -21,12 +25,13 @@ from moeweave.parallel.mesh import Mesh
 L2_BYTES = 256 << 20  # more than any accelerator's second-level cache
 HELD = 300.0, 3000.0  # microseconds that a device is held, the least and the most
 LAUNCHES = 5
+ROUNDS = 5  # that `average=true` times, each of all iterations
 TRACED = 3
 
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of every iteration, of the slowest rank.
+    """Microseconds of every iteration, of the slowest rank; of iterations back to back, their mean in each round.
 
     Attributes:
         device: from the moment that all ranks were ready to the end of the work on the device. CUDA devices are held
@@ -72,10 +77,12 @@ def measure(case: Case, config: BenchConfig, mesh: Mesh) -> dict[str, Any]:
         _synchronize(mesh)
         hold = _hold_for(run, mesh)
     with record_function(f"time: {case.name}"):
-        times = _times(case, run, hold, config, mesh)
+        times = _back_to_back(run, config, mesh) if config.average else _times(case, run, hold, config, mesh)
     if config.trace is not None:
         _trace(case, run, hold, config, mesh)
     line |= figures(times, case, line["logical_bytes"], mesh.world)
+    if config.kernel_times:
+        line |= _kernel_times(case, run, config, mesh)
     return line if case.facts is None else line | case.facts()
 
 
@@ -159,9 +166,48 @@ def _times(case: Case, run: Callable[[], object], hold: _Hold | None, config: Be
     return Times(slowest[:, 0], hosts, {name: slowest[:, 2 + at] for at, name in enumerate(names)})
 
 
+def _back_to_back(run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> Times:
+    """Iterations launched one after the other, timed together until the device is done: what nccl-tests report.
+
+    No barrier, flush or hold comes between them. So hosts launch while devices work, the next iteration may begin on
+    one rank while the last ends on another, and each finds the caches as the one before left them.
+    """
+    found = []
+    for _ in range(ROUNDS):
+        _synchronize(mesh)
+        _wait(mesh)  # on a device the barrier of the line above is queued
+        start = time.perf_counter_ns()
+        for _ in range(config.iterations):
+            run()
+        launched = time.perf_counter_ns()
+        _wait(mesh)
+        found.append((time.perf_counter_ns() - start, launched - start))
+    mean = torch.tensor(found, dtype=torch.float64) / 1e3 / config.iterations
+    slowest = _over_ranks(mean, dist.ReduceOp.MAX, mesh).numpy()
+    return Times(slowest[:, 0], slowest[:, 1], {})
+
+
+def _kernel_times(case: Case, run: Callable[[], object], config: BenchConfig, mesh: Mesh) -> dict[str, float | None]:
+    """`kernel` and `kernel_least`, medians in microseconds of iterations timed once more under the profiler.
+
+    Hosts launch more slowly there, so how long devices are held is found anew; that run also starts the profiler up.
+    """
+    with torch.profiler.profile():
+        hold = _hold_for(run, mesh)
+    with torch.profiler.profile() as profile:
+        _times(case, run, hold, config, mesh)
+    events: Any = profile.profiler.kineto_results.events()
+    mine = torch.tensor(kernels.times(events, mesh.device.type), dtype=torch.float64)
+    slowest = _over_ranks(mine, dist.ReduceOp.MAX, mesh)
+    least = _over_ranks(mine.masked_fill(mine == 0, torch.inf), dist.ReduceOp.MIN, mesh)
+    if not slowest.all():
+        return {"kernel": None, "kernel_least": None}
+    return {"kernel": float(slowest.median()), "kernel_least": float(least.median())}
+
+
 def _once_on_cpu(run: Callable[[], object]) -> tuple[float, float]:
     start = time.perf_counter_ns()
-    with record_function("run"):
+    with record_function(kernels.RUN):
         run()
     elapsed = (time.perf_counter_ns() - start) / 1e3
     return elapsed, elapsed
@@ -171,7 +217,7 @@ def _once_on_device(run: Callable[[], object]) -> tuple[float, float]:
     before, after = (torch.Event(enable_timing=True) for _ in range(2))
     before.record()
     start = time.perf_counter_ns()
-    with record_function("run"):
+    with record_function(kernels.RUN):
         run()
     host = (time.perf_counter_ns() - start) / 1e3
     after.record()
@@ -213,9 +259,14 @@ def _barrier(mesh: Mesh) -> None:
 
 
 def _synchronize(mesh: Mesh) -> None:
+    _wait(mesh)
+    _barrier(mesh)
+
+
+def _wait(mesh: Mesh) -> None:
+    """Until this rank's device has done what was launched."""
     if mesh.device.type != "cpu":
         torch.accelerator.synchronize()
-    _barrier(mesh)
 
 
 def _over_ranks(values: torch.Tensor, op: Any, mesh: Mesh) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from moeweave.launch import cli, elastic, env, runlog
 from moeweave.launch.bench import ablation, collectives, overlap, raw, report, routed, shapes, topology
 from moeweave.launch.bench.case import Case
 from moeweave.launch.bench.measure import measure
-from moeweave.launch.schema import BenchConfig, ConfigError
+from moeweave.launch.schema import BenchConfig, ConfigError, at_least
 
 # op: the module with its `check` and `cases`.
 OPS: dict[str, ModuleType] = {
@@ -32,6 +33,16 @@ OPS: dict[str, ModuleType] = {
     "overlap": overlap,
     "topology": topology,
 }
+Line = dict[str, Any]
+# What only some operations read: the field, and which.
+READ_BY = {
+    "shape": (*routed.OPS, "raw", "overlap"),
+    "routing": (*routed.OPS, "raw"),
+    "codec": routed.OPS,
+    "num_sms": routed.OPS,
+    "programs": ("raw", "overlap"),
+    "ablate": ("moe_layer",),
+}
 PEAK_BYTES = 256 << 20  # an array that saturates the links of an accelerator
 
 PROGRAM = cli.Program(
@@ -40,11 +51,16 @@ PROGRAM = cli.Program(
     summary=(
         "Times collectives and MoE operations between ranks, each checked against known results first. The columns\n"
         "are those of nccl-tests; the exit code is 1 where a result was wrong.\n"
-        "`moeweave-bench compare old.jsonl new.jsonl --threshold 0.1` compares two runs, and exits 1 on a slower line."
+        "`moeweave-bench compare old.jsonl new.jsonl --threshold 0.1` compares two runs, and exits 1 on a slower one.\n"
+        "`python -m moeweave.launch.bench.nccl_tests FOLDER ranks=2` runs beside the binaries of nccl-tests."
     ),
     examples=(
         ("moeweave-bench", "all_reduce from 1 KiB to 4 MiB on two ranks of this machine"),
         ("moeweave-bench op='[all_gather,all_to_all]' ranks=4 device=cpu max_size=16777216", "two collectives"),
+        (
+            "moeweave-bench op=all_to_all average=true kernel_times=true",
+            "back to back, and the profiler's time of kernels",
+        ),
         ("moeweave-bench op=dispatch backend='[alltoall,allgather]' shape=v3-decode128", "dispatchers side by side"),
         ("moeweave-bench op='[dispatch,combine,moe_layer]' routing=zipf tokens=1000 out=runs/bench", "with files"),
         ("moeweave-bench op=moe_layer ablate=true out=runs/bench", "what each part of the three-stream schedule gives"),
@@ -61,7 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
-    return cli.run(PROGRAM, cli.starting(PROGRAM, start), arguments)
+    return cli.run(PROGRAM, cli.starting(PROGRAM, _start), arguments)
+
+
+def _start(config: BenchConfig) -> int:
+    """What the user typed: refuses what would be without effect."""
+    check_ops(config, config.ranks if (ranks := env.launched_ranks()) is None else ranks.world)
+    usual = BenchConfig()
+    for name, ops in READ_BY.items():
+        value = getattr(config, name)
+        if value != getattr(usual, name) and not set(ops) & set(config.ops):
+            raise ConfigError(
+                f"{name}={value}: op={config.op} does not read it. Leave it out, or use {', '.join(ops)}."
+            )
+    return start(config)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,6 +105,7 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument("--threshold", type=float, default=0.1, help="how much slower is too slow, 0.1 is 10 %%")
     try:
         args = parser.parse_args(arguments)
+        at_least(0, threshold=args.threshold)
         text, bad = report.compare(args.old, args.new, args.threshold)
     except ConfigError as error:
         print(f"moeweave-bench: error: {error}", file=sys.stderr)
@@ -85,18 +115,24 @@ def _compare(arguments: list[str]) -> int:
 
 
 def start(*configs: BenchConfig) -> int:
-    """Runs checked configs of as many ranks each, one after the other on the same ranks; returns the exit code."""
+    """Runs configs of as many ranks each, one after the other on the same ranks; returns the exit code."""
+    return int(any(line["wrong"] for line in measured(*configs)))
+
+
+def measured(*configs: BenchConfig) -> list[Line]:
+    """The lines of all configs, run and printed as `start` does, on ranks of its own; those of a launcher end here."""
     first, ranks = configs[0], env.launched_ranks()
     world = first.ranks if ranks is None else ranks.world
     for config in configs:
         check(config, world, own_ranks=ranks is None)
+    env.quiet_profiler()
     if ranks is not None:
-        elastic.leave(int(rank_main(configs, world)))
+        elastic.leave(int(any(line["wrong"] for line in rank_main(configs, world))))
     on_cpu = first.device == "cpu" or not elastic.has_accelerator()
     logs = Path(tempfile.mkdtemp(prefix="moeweave-bench-"))
-    wrong = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
+    lines: list[Line] = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
     shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
-    return int(wrong)
+    return lines
 
 
 def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
@@ -115,7 +151,26 @@ def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
         raise ConfigError(f"ranks={world}: this machine has {count} devices. Set ranks={count}, or device=cpu.")
     if config.graph and (on_cpu or not torch.version.cuda):
         raise ConfigError("graph=true: CUDA graphs need a CUDA device. Set graph=false.")
+    if config.kernel_times and not on_cpu and found is not None and found.type != "cuda":
+        raise ConfigError(f"kernel_times=true: reads the kernels of CUDA devices, not {found.type}. Leave it out.")
+    files = {
+        "out": config.out,
+        "trace": config.trace,
+        "topology": config.topology if "topology" in config.ops else None,
+    }
+    for name, path in files.items():
+        if path is not None:
+            _check_writable(name, Path(path))
+    if config.average and "overlap" in config.ops:
+        raise ConfigError("average=true: op=overlap times each iteration's sides. Set average=false.")
     check_ops(config, world)
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """Raise ConfigError where nothing can be written at `path`, before what goes there has been measured."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not os.access(there, os.W_OK) or not (there.is_dir() or (there == path and name == "topology")):
+        raise ConfigError(f"{name}={path}: {there} cannot hold it. Name a place that can be written.")
 
 
 def check_ops(config: BenchConfig, world: int) -> None:
@@ -126,20 +181,20 @@ def check_ops(config: BenchConfig, world: int) -> None:
         OPS[op].check(op, config, world)
 
 
-def rank_main(configs: Sequence[BenchConfig], world: int) -> bool:
-    """One rank's life; whether any result was wrong. Rank 0 tells and writes each config's figures when it has them."""
-    wrong = False
+def rank_main(configs: Sequence[BenchConfig], world: int) -> list[Line]:
+    """One rank's life; all lines. Rank 0 tells and writes each config's figures when it has them."""
+    found: list[Line] = []
     for config in configs:
         lines = bench(config, world)
-        wrong |= any(line["wrong"] for line in lines)
+        found += lines
         if dist.get_rank() == 0:
             _tell(lines, config)
     dist.barrier()
     dist.destroy_process_group()
-    return wrong
+    return found
 
 
-def _tell(lines: list[dict[str, Any]], config: BenchConfig) -> None:
+def _tell(lines: list[Line], config: BenchConfig) -> None:
     print(report.table(lines, lines[0]["context"]))
     if "topology" in config.ops:
         told = "written" if lines[0]["topology"] else "not written, a result was wrong"
@@ -149,7 +204,7 @@ def _tell(lines: list[dict[str, Any]], config: BenchConfig) -> None:
         print(f"written: {config.out}/bench.jsonl, bench.csv, bench.png", flush=True)
 
 
-def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:
+def bench(config: BenchConfig, world: int) -> list[Line]:
     """One rank's part: every case in turn. Returns the lines, the same on every rank."""
     mesh = mw.Mesh(dp=world, ep=world, device=config.device)
     lines, quiet = [], mesh.rank > 0 or not sys.stderr.isatty()
@@ -161,7 +216,8 @@ def bench(config: BenchConfig, world: int) -> list[dict[str, Any]]:
             progress.advance(task)
     about = _context(config, mesh)
     for line in lines:
-        line |= {"flush": config.flush, "routing": config.routing, "device": mesh.device.type, "context": about}
+        line |= {"flush": config.flush and not config.average, "routing": config.routing, "device": mesh.device.type}
+        line |= {"context": about} | ({"average": True} if config.average else {})
     report.relate(lines)
     overlap.relate(lines)
     ablation.relate(lines)
@@ -196,7 +252,7 @@ def _peaks(config: BenchConfig, mesh: mw.Mesh) -> Iterator[Case]:
             yield dataclasses.replace(case, op="peak", label="raw")
 
 
-def _write_topology(lines: list[dict[str, Any]], config: BenchConfig, mesh: mw.Mesh) -> None:
+def _write_topology(lines: list[Line], config: BenchConfig, mesh: mw.Mesh) -> None:
     found = topology.topology(lines, mesh, config)
     lines[0]["topology"] = None if found is None else topology.table(found)
     if found is not None and mesh.rank == 0:

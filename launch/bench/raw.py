@@ -16,7 +16,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -175,7 +176,9 @@ def cases(op: str, config: BenchConfig, mesh: Mesh, num_bytes: int = 0) -> Itera
         for name in config.backends or list(BACKENDS):
             plane = backend_factory(name, BACKENDS, op)(mesh.group("ep"), block, config)
             work = make_work(plane, block, mesh)
-            yield Case(op, name, block * (mesh.world - 1), block, "uint8", work, label=config.shape or "")
+            told = config.programs is not None and name == "push"
+            facts = partial(dict[str, Any], programs=config.programs) if told else None
+            yield Case(op, name, block * (mesh.world - 1), block, "uint8", work, label=config.shape or "", facts=facts)
 
 
 def block_bytes(size: int, ranks: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from moeweave.launch.bench import ablation, budget, hccl, timeline
 from moeweave.launch.schema import ConfigError
 
 Line = dict[str, Any]
-KEY = ("op", "backend", "label", "size", "dtype", "in_place", "ranks", "routing", "device", "graph", "flush")
+KEY = ("op", "backend", "label", "size", "dtype", "in_place", "ranks", "routing", "device", "graph", "flush", "average")
 COLUMNS = (
     "op", "backend", "label", "size", "count", "dtype", "redop", "in_place", "ranks", "graph", "median", "min", "mean",
-    "p95", "p99", "host", "algbw", "busbw", "logical_bytes", "wire_bytes", "network_bytes", "of_peak", "ratio",
-    "exposed", "concurrent", "wrong",
+    "p95", "p99", "host", "kernel", "kernel_least", "algbw", "busbw", "logical_bytes", "wire_bytes", "network_bytes",
+    "of_peak", "ratio", "exposed", "concurrent", "wrong",
 )  # fmt: skip
+TIMES = ("median", "min", "p95", "p99", "host")  # columns of microseconds
 
 
 def relate(lines: list[Line]) -> None:
@@ -36,12 +37,14 @@ def relate(lines: list[Line]) -> None:
 def table(lines: Iterable[Line], context: Line) -> str:
     """The lines as nccl-tests print them; times in microseconds, sizes in bytes, bandwidths in GB/s (10^9)."""
     rows = list(lines)
-    out = [f"# {context['device_name']}, {context['ranks']} ranks, torch {context['versions']['torch']}"]
+    how = ", iterations back to back" if rows[0].get("average") else ""
+    out = [f"# {context['device_name']}, {context['ranks']} ranks, torch {context['versions']['torch']}{how}"]
     for op in dict.fromkeys(line["op"] for line in rows):
         mine = [line for line in rows if line["op"] == op]
         if mine[0].get("device") == "npu" and op in hccl.NAMES:
             out += hccl.table(op, mine)
-        out += ["#", f"# {op}", _header(op), *(_row(line) for line in mine)]
+        times = (*TIMES, "kernel") if any("kernel" in line for line in mine) else TIMES
+        out += ["#", f"# {op}", _header(op, times), *(_row(line, times) for line in mine)]
         out += _matrices(mine) if op in ("pairs", "topology") else []
     out += rows[0].get("topology") or []
     out += ablation.table(rows)
@@ -73,22 +76,22 @@ def matrix(title: str, values: list[list[Any]]) -> list[str]:
     return head + [f"# {rank:>4} " + "".join(f"{cell(each):>10}" for each in row) for rank, row in enumerate(values)]
 
 
-def _header(op: str) -> str:
+def _header(op: str, times: Sequence[str]) -> str:
     first = f"{'size':>12} {'count':>12} {'type':>9} {'redop':>6} {'place':>5} {'backend':>22}"
-    times = f"{'time':>10} {'min':>10} {'p95':>10} {'p99':>10} {'host':>10} {'algbw':>8} {'busbw':>8} {'#wrong':>7}"
+    shown = " ".join(f"{'time' if name == 'median' else name:>10}" for name in times)
+    figures = f"{shown} {'algbw':>8} {'busbw':>8} {'#wrong':>7}"
     if op == "overlap":
-        return f"# {first} {times} {'exposed':>10} {'concurrent':>10}  sides, and how much slower each is than alone"
-    return f"# {first} {times} {'ratio':>6} {'peak':>5} {'logical':>12} {'wire':>12}"
+        return f"# {first} {figures} {'exposed':>10} {'concurrent':>10}  sides, and how much slower each is than alone"
+    return f"# {first} {figures} {'ratio':>6} {'peak':>5} {'logical':>12} {'wire':>12}"
 
 
-def _row(line: Line) -> str:
+def _row(line: Line, times: Sequence[str]) -> str:
     place = "in" if line["in_place"] else "out"
     first = f"{line['size']:>12} {line['count']:>12} {line['dtype']:>9} {line['redop']:>6} {place:>5}"
     first += f" {line['backend']:>22}"
-    numbers = [line.get(name) for name in ("median", "min", "p95", "p99", "host")]
-    times = " ".join(f"{'-':>10}" if number is None else f"{number:>10.2f}" for number in numbers)
+    numbers = " ".join(f"{_short(line.get(name), '.2f'):>10}" for name in times)
     speeds = " ".join(f"{_short(line.get(name), '.3f'):>8}" for name in ("algbw", "busbw"))
-    start = f"  {first} {times} {speeds} {line['wrong']:>7}"
+    start = f"  {first} {numbers} {speeds} {line['wrong']:>7}"
     if line["op"] == "overlap":
         slower = line.get("slowdown", {})
         sides = " + ".join(

@@ -48,7 +48,9 @@ def check_shape(config: BenchConfig, ranks: int) -> None:
     shape = shape_of(config)
     if shape.experts % ranks:
         legal = ", ".join(str(n) for n in range(2, shape.experts + 1) if shape.experts % n == 0)
-        raise ConfigError(f"experts={shape.experts}: must be divisible by the {ranks} ranks. Set ranks to {legal}.")
+        more = -(-shape.experts // ranks) * ranks
+        remedy = " or ".join([f"ranks to {legal}"] * bool(legal) + [f"experts={more}"] * (config.shape is None))
+        raise ConfigError(f"experts={shape.experts}: must be divisible by the {ranks} ranks. Set {remedy}.")
     if shape.topk > shape.experts:
         raise ConfigError(f"topk={shape.topk}: must be at most experts={shape.experts}. Lower topk.")
 

@@ -2,6 +2,8 @@
 
 Prints a Markdown table of dispatch and combine, shape by shape: the one-sided exchange beside the NCCL baseline and the
 bytes that must cross, all of one run. Writes NAME.json (all figures, without single iterations) and NAME.png.
+With `--raw` it prints the bytes that must cross alone, shape by shape: written by cores, by copy engines, and by the
+collective. `summary NAME.json --raw` does so of figures that it wrote before.
 """
 
 from __future__ import annotations
@@ -17,18 +19,23 @@ from moeweave.launch.bench.shapes import SHAPES
 
 Line = dict[str, Any]
 OURS, BASELINE = "onesided_static", "alltoall"
+RAW = {"push": "cores write", "dma": "copy engines", "torch": "all-to-all (NCCL)"}
 BARS = {BASELINE: "alltoall (NCCL)", OURS: "onesided", "raw": "the bytes that must cross, alone"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code, 2 for a file without such figures."""
     parser = argparse.ArgumentParser(prog="python -m moeweave.launch.bench.summary", description=__doc__)
-    parser.add_argument("lines", type=Path, help="bench.jsonl that bench.reference wrote")
-    parser.add_argument("--out", type=Path, required=True, help="where to write, without suffix")
+    parser.add_argument("lines", type=Path, help="bench.jsonl that bench.reference wrote, or NAME.json")
+    parser.add_argument("--out", type=Path, help="where to write, without suffix")
+    parser.add_argument("--raw", action="store_true", help="print the table of raw bytes")
     parser.add_argument("--sha", help="commit, where the measuring machine had no git")
     args = parser.parse_args(argv)
-    text = args.lines.read_text() if args.lines.is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    if args.out is None and not args.raw:
+        parser.error("--out or --raw is needed")
+    lines = read(args.lines)
+    if args.raw:
+        return _print_raw(lines, args.lines)
     found = list(rows(lines))
     if not found:
         print(f"summary: {args.lines} has no dispatch by {OURS} and {BASELINE}. Run bench.reference.", file=sys.stderr)
@@ -41,6 +48,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(markdown(found))
     draw(found, context, args.out.with_suffix(".png"))
     return 0
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a bench.jsonl or of a NAME.json; none where there is no such file."""
+    text = path.read_text() if path.is_file() else ""
+    if path.suffix == ".json" and text:
+        found: list[Line] = json.loads(text)["lines"]
+        return found
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _print_raw(lines: list[Line], path: Path) -> int:
+    table = raw_markdown(lines)
+    if len(table) == 2:
+        print(f"summary: {path} has no op=raw with a shape. Run bench.reference.", file=sys.stderr)
+        return 2
+    print("\n".join(table))
+    return 0
+
+
+def raw_markdown(lines: list[Line]) -> list[str]:
+    """A line for each shape: MB out of a rank; for each way microseconds (median, least) and GB/s of the median.
+
+    Push by a given number of programs has lines of its own.
+    """
+    heads = ["shape", "MB", *(head for name in RAW.values() for head in (f"{name}, us", "GB/s"))]
+    table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    timed = [line for line in lines if line["op"] == "raw" and line["label"] and "median" in line]
+    shown: dict[tuple[str, int | None], dict[str, Line]] = {}
+    for line in timed:
+        shown.setdefault((line["label"], line.get("programs")), {}).setdefault(line["backend"], line)
+    for (shape, programs), ways in shown.items():
+        any_line = next(iter(ways.values()))
+        name = shape + (f", {programs} programs" if programs else "") + (", graph" if any_line["graph"] else "")
+        cells = [name, f"{any_line['size'] / 1e6:.1f}"]
+        for way in RAW:
+            found = ways.get(way)
+            cells += ["", ""] if found is None else [_cell(found), f"{found['busbw']:.0f}"]
+        table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def _cell(line: Line) -> str:
+    return f"{line['median']:.1f} ({line['min']:.1f})"
 
 
 def rows(lines: list[Line]) -> Iterator[Line]:

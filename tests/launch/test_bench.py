@@ -15,7 +15,7 @@ from moeweave.launch.bench.case import Case, Work
 from moeweave.launch.bench.measure import Times, figures
 from moeweave.launch.bench.program import bench, check, main
 from moeweave.launch.schema import BenchConfig, ConfigError
-from programs import fresh, run
+from programs import ROOT, fresh, run
 from run_ranks import run_ranks
 
 COLLECTIVES = list(collectives.FACTORS)
@@ -177,9 +177,25 @@ def test_routes_are_distinct_and_follow_from_the_rank_alone(routing: str) -> Non
         (["op=dispatch", "backend=no.such:thing"], "Name an importable module"),
         (["routing=zip"], "Did you mean routing=zipf?"),
         (["opp=all_reduce"], "Did you mean"),
+        (["op=[]"], "names no operation"),
+        (["op=null"], "names no operation"),
+        (["dtype=int8"], "must be one of float32, bfloat16, float16"),
+        (["backend=nccl"], "must be one of torch, hccl with op=all_reduce"),
+        (["codec=fp8"], "op=all_reduce does not read it. Leave it out, or use dispatch"),
+        (["op=dispatch", "ablate=true"], "op=dispatch does not read it. Leave it out, or use moe_layer."),
+        (["num_sms=3"], "num_sms: must be a list"),
+        (["op=raw", "programs=0"], "must be at least 1"),
+        (["op=dispatch", "experts=9"], "Set ranks to 3, 9 or experts=10."),
+        (["op=overlap", "average=true"], "times each iteration's sides"),
+        (["out=pyproject.toml/files"], "pyproject.toml cannot hold it"),
+        (["op=topology", "topology=pyproject.toml/files"], "pyproject.toml cannot hold it"),
+        (["compare", "one.jsonl", "two.jsonl", "--threshold=-1"], "threshold=-1.0: must be at least 0"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_exit_2(capsys: Any, arguments: list[str], text: str) -> None:
+def test_wrong_arguments_are_one_line_and_exit_2(
+    capsys: Any, monkeypatch: Any, arguments: list[str], text: str
+) -> None:
+    monkeypatch.chdir(ROOT)
     assert main(arguments if arguments[0] == "compare" else ["device=cpu", *arguments]) == 2
     error = capsys.readouterr().err
     assert text in error

@@ -43,6 +43,11 @@ def test_one_lost_byte_is_noticed(world: int) -> None:
     assert ["median" in line for line in found] == [False, True, False, True]
 
 
+def test_a_number_of_programs_is_in_the_lines_of_push_alone() -> None:
+    found = run_ranks(2, lines, 2, dict(op="raw", programs=8, max_size=6))[0]
+    assert {line["backend"]: line.get("programs") for line in found} == {"torch": None, "push": 8, "dma": None}
+
+
 def test_a_shape_means_the_bytes_that_must_leave_in_its_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = shapes.Shape(37, 24, 8, 3, 16)
     monkeypatch.setitem(shapes.SHAPES, "small", shape)

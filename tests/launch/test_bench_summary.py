@@ -49,3 +49,32 @@ def test_lines_without_the_two_backends_are_refused(tmp_path: Path, capsys: pyte
     for path in (given, tmp_path / "missing.jsonl"):
         assert summary.main([str(path), "--out", str(tmp_path / "short")]) == 2
         assert f"{path} has no dispatch by onesided_static and alltoall" in capsys.readouterr().err
+
+
+def raw(backend: str, label: str, median: float, **more: Any) -> dict[str, Any]:
+    return line("raw", backend, median, label) | dict(size=2_500_000, min=median - 1, busbw=2500 / median) | more
+
+
+RAW_LINES = [
+    raw("torch", "v3-prefill", 100.0),
+    raw("push", "v3-prefill", 10.0),
+    raw("dma", "v3-prefill", 20.0),
+    raw("push", "v3-prefill", 40.0, programs=8, graph=False),
+    raw("push", "", 1.0),  # sizes without a shape
+    {key: value for key, value in raw("push", "v3-decode32", 1.0).items() if key != "median"},  # it was wrong
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_raw_bytes_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    given = tmp_path / f"lines.{suffix}"
+    lines = "".join(json.dumps(each) + "\n" for each in RAW_LINES)
+    given.write_text(json.dumps({"lines": RAW_LINES}) if suffix == "json" else lines)
+    assert summary.main([str(given), "--raw"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| v3-prefill, graph | 2.5 | 10.0 (9.0) | 250 | 20.0 (19.0) | 125 | 100.0 (99.0) | 25 |",
+        "| v3-prefill, 8 programs | 2.5 | 40.0 (39.0) | 62 |  |  |  |  |",
+    ]
+    given.write_text(json.dumps({"lines": LINES[:1]}) if suffix == "json" else json.dumps(LINES[0]))
+    assert summary.main([str(given), "--raw"]) == 2
+    assert "no op=raw with a shape" in capsys.readouterr().err
