@@ -2,7 +2,8 @@
 
 Convention, everywhere: a rank's loss is scaled so that the MEAN over loss ranks (data ranks, times `sp`) is the global
 loss. Dense gradients are averaged over the loss ranks. An expert's gradient already sums the tokens of every rank of
-its `ep` group, so it is summed over its copies and divided by the same number of loss ranks, not by that of copies.
+its `ep` group, so it is summed over its copies and divided by the same number of loss ranks, not by that of copies. An
+expert in several slots is then summed over these too (`replicas`).
 """
 
 from __future__ import annotations
@@ -110,8 +111,9 @@ def _fully_shard_experts(
         return Shard(even[0]) if even else None
 
     def finish(grads: Tensor) -> None:
-        for grad in _views(grads, experts) if replicas is not None else ():
-            replicas.sum_(grad)
+        if replicas is not None:
+            for grad in _views(grads, experts):
+                replicas.sum_(grad)
         grads /= mesh.loss_size
 
     fully_shard(

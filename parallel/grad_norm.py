@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from moeweave.parallel.hf.boxes import Slots
 from moeweave.parallel.names import copied_names
-from moeweave.parallel.placed import slots_of_params
+from moeweave.parallel.placed import slots_of_replicas
 from moeweave.parallel.record import Record, record_of
 from moeweave.parallel.replicas import counted_slots
 
@@ -36,7 +36,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         return _clip_by_engine(record, max_norm, norm_type)
     named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
     copies = copied_names(model)
-    slots = {name: each for name, each in slots_of_params(model).items() if len(set(each)) < len(each)}
+    slots = slots_of_replicas(model)
     counted = [(grad, _is_rank_local(name, record), slots.get(name)) for name, grad in named if name not in copies]
     norm = _global_norm(counted, norm_type, record)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

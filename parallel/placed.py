@@ -128,3 +128,8 @@ def slots_of_params(model: nn.Module) -> dict[str, Slots]:
     record = vars(model).get("_moeweave")
     blocks: list[MoEBlock] = [] if record is None else record.blocks
     return {f"{block.path}.{name}": block.slots for block in blocks if block.slots is not None for name in block.params}
+
+
+def slots_of_replicas(model: nn.Module) -> dict[str, Slots]:
+    """The same of those with several slots for an expert."""
+    return {name: slots for name, slots in slots_of_params(model).items() if len(set(slots)) < len(slots)}

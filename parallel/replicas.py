@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class ReplicaSum:
         arrived = self._swap(theirs, mine, grad)
         sums = {
             # In the order of ranks.
-            expert: sum(own[me] if rank == me else arrived[rank, expert] for rank in self.holders[expert])
+            expert: reduce(torch.add, [own[me] if at == me else arrived[at, expert] for at in self.holders[expert]])
             for expert, own in parts.items()
         }
         given = {(rank, expert): sums[expert] for rank, expert in self.pairs}
@@ -127,7 +128,7 @@ class ReplicaSum:
 
 def counted_slots(grad: Tensor, slots: Slots) -> Tensor:
     """bool [n]: which rows of a rank's shard are the first slot of their expert, the one that a norm counts."""
-    sharded = isinstance(grad, DTensor)
-    runs = shard_runs(grad.shape, grad.device_mesh, grad.placements)[0] if sharded else [(0, len(slots))]
+    whole = [(0, len(slots))]
+    runs = shard_runs(grad.shape, grad.device_mesh, grad.placements)[0] if isinstance(grad, DTensor) else whole
     first = [slots.index(slots[at]) == at for start, stop in runs for at in range(start, stop)]
     return torch.tensor(first, device=grad.device)

@@ -29,7 +29,7 @@ from moeweave.parallel.replicas import ReplicaSum, check_replicas
 from moeweave.parallel.verify import concatenate, gradient_parity
 from run_ranks import run_ranks
 from test_placed import turned
-from train_steps import Steps, check, train
+from train_steps import Steps, batch_of, builder, check, train
 
 GRADIENT, NORM = 1e-5, 1e-6
 
@@ -198,52 +198,61 @@ def test_odd_batches_no_tokens_and_one_hot_expert(steps: Steps) -> None:
 # ---- many steps
 
 
-def trained(name: str, sizes: dict[str, int], plan: dict[str, Any], num_steps: int) -> dict[str, Any]:
-    """Losses, loads and biases of AdamW steps; every replica's numbers and states are compared after each."""
-    mesh = mw.Mesh(**sizes)
-    model = mw.parallelize(hf_zoo.ZOO[name](), mesh, mw.Plan(**plan))
-    optimizer = torch.optim.AdamW(mw.param_groups(model), lr=0.01, weight_decay=0.1)
+def trained(steps: Steps, placement: dict[str, list[int]] | None) -> dict[str, Any]:
+    """Losses, loads and biases of AdamW steps; slots are compared after each, states after every fifth."""
+    mesh = mw.Mesh(**steps.sizes)
+    model = mw.parallelize(builder(steps)(), mesh, mw.Plan(**steps.plan, placement=placement))
+    adamw = torch.optim.AdamW(mw.param_groups(model), lr=0.01, weight_decay=0.1)
+    optimizer = mw.prepare_optimizer(model, adamw)
     placed, params = slots_of_params(model), named_params(model)
     losses = []
-    for step in range(num_steps):
-        batch = hf_zoo.make_batch(name, mesh.data_rank + 10 * step)
-        losses.append(float(mw.forward_backward(model, batch, microbatches=2)))
+    for step in range(steps.num_steps):
+        losses.append(float(mw.forward_backward(model, batch_of(steps, mesh.data_rank, step), microbatches=2)))
         mw.clip_grad_norm_(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if name == "deepseek_v3":
+        if steps.model == "deepseek_v3":
             mw.update_router_bias(model)
         for path, slots in placed.items():
             assert_replicas_equal(path, params[path], slots)
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in ("exp_avg", "exp_avg_sq") if step % 5 == 4 else ():
                 assert_replicas_equal(f"{path} {key}", optimizer.state[params[path]][key], slots)
     load = {path: counts.tolist() for path, counts in mw.expert_load(model).items()}
     biases = {path: bias.clone() for path, bias in model.named_buffers() if path.endswith("correction_bias")}
     return dict(losses=losses, load=load, biases=biases, placed=sorted(placed))
 
 
-def with_and_without(name: str, sizes: dict[str, int], plan: dict[str, Any], num_steps: int) -> list[dict[str, Any]]:
-    return [trained(name, sizes, {**plan, **also}, num_steps) for also in ({}, {"placement": turned(name, 12)})]
+def with_and_without(steps: Steps) -> list[dict[str, Any]]:
+    slots = HOT if steps.model in plain_models.BLOCKS else turned(steps.model, 12)
+    return [trained(steps, placement) for placement in (None, slots)]
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "plan"),
+    "steps",
     [
-        ("deepseek_v3", dict(dp=4, ep=2), {}),
-        pytest.param("deepseek_v3", dict(dp=2, ep=2), dict(grad_sync="each"), marks=pytest.mark.slow),
-        pytest.param("gpt_oss", dict(dp=4, ep=2), dict(data="ddp"), marks=pytest.mark.slow),
-        pytest.param("gpt_oss", dict(dp=4, ep=4), dict(grad_sync="each"), marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", dict(dp_replicate=2, dp=2, ep=2), dict(grad_sync="each"), marks=pytest.mark.slow),
-        pytest.param("mixtral", dict(dp=2, tp=2, ep=4), {}, marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", dict(dp=8, ep=2), {}, marks=pytest.mark.slow),
+        Steps("packed", dict(dp=4, ep=2), options=dict(dtype=torch.float32), num_steps=20),
+        Steps("deepseek_v3", dict(dp=2, ep=2), dict(grad_sync="each"), num_steps=2),
+        *(
+            pytest.param(Steps(*case, num_steps=20), marks=pytest.mark.slow)
+            for case in (
+                ("stacked", dict(dp=4, ep=4)),
+                ("deepseek_v3", dict(dp=4, ep=2)),
+                ("gpt_oss", dict(dp=4, ep=2), dict(data="ddp")),
+                ("gpt_oss", dict(dp=4, ep=4), dict(grad_sync="each")),
+                ("qwen3_moe", dict(dp_replicate=2, dp=2, ep=2), dict(grad_sync="each")),
+                ("mixtral", dict(dp=2, tp=2, ep=4)),
+                ("qwen3_moe", dict(dp=8, ep=2)),
+            )
+        ),
     ],
+    ids=lambda steps: steps.name,
 )
-def test_replicas_stay_equal_to_the_bit(name: str, sizes: Any, plan: Any) -> None:
-    for plain, placed in run_ranks(MeshSizes(**sizes).world, with_and_without, name, sizes, plan, 20):
+def test_replicas_stay_equal_to_the_bit(steps: Steps) -> None:
+    for plain, placed in run_ranks(MeshSizes(**steps.sizes).world, with_and_without, steps):
         assert placed["placed"] and not plain["placed"]
         assert placed["losses"] == pytest.approx(plain["losses"], rel=TOLERANCE[torch.float32])
         assert placed["load"] == plain["load"]
-        assert bool(plain["biases"]) == (name == "deepseek_v3")
+        assert bool(plain["biases"]) == (steps.model == "deepseek_v3")
         for path, bias in plain["biases"].items():
             assert torch.equal(placed["biases"][path], bias) and bias.any()
 
@@ -276,6 +285,21 @@ def test_backward_passes_add_up_beside_frozen_weights(sizes: Any, frozen: str) -
 
 
 # ---- refusals
+
+
+def fused() -> str:
+    model = mw.parallelize(plain_models.build("packed"), mw.Mesh(dp=2, ep=2), mw.Plan(placement=HOT))
+    try:
+        mw.prepare_optimizer(model, torch.optim.AdamW(mw.param_groups(model), fused=True))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_step_that_rounds_by_place_is_refused() -> None:
+    for said in run_ranks(2, fused):
+        assert said.startswith("AdamW(fused=True) rounds by a number's place in its tensor on a CPU, so replicas")
+        assert said.endswith("Leave fused out.")
 
 
 def test_what_cannot_train_replicas_is_refused_in_one_line() -> None:
