@@ -68,9 +68,9 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
             for unit in units:
                 _fully_shard_experts(unit, set(shared), mesh, plan, sums.get(block.path))
     else:
-        for block in sharded:
-            for param in expert_params(block):
-                sync.attach(param, mesh.copies_group if copies > 1 else None, mesh.loss_size, sums.get(block.path))
+        path_of = {id(param): block.path for block in sharded for param in expert_params(block)}
+        for at, param in own.items():
+            sync.attach(param, mesh.copies_group if copies > 1 else None, mesh.loss_size, sums.get(path_of[at]))
         apart |= set(own.values())
     if mesh.loss_size == 1 and plan.dtype is None:
         return

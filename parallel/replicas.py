@@ -11,11 +11,10 @@ Each number of a sum is computed once, on one rank, and copied from there: gradi
 whatever order a back end reduces in, and so are parameters and states of an optimizer that works element by element. A
 rank sends 2 (H - 1) / H times the gradient of each expert that it shares with H - 1 others.
 
-DeepSeek has EPLB for inference only (deepseek-ai/EPLB issues 9 and 10). Systems that replicate in training sum the
-gradients too: FasterMoE's shadows of hot experts (PPoPP 2022) and Megatron's ECHO (NVIDIA/Megatron-LM#2368) send
-weights out and gradients home every step, SYMI (arXiv 2504.19925) and LAER-MoE (arXiv 2602.11686) place anew every step
-with optimizer states apart. Here a placement holds between two checkpoints, so replicas keep weights and states and
-only gradients travel.
+EPLB itself is not used in training (deepseek-ai/EPLB issues 9 and 10). Systems that replicate in training choose anew
+every step and move weights for it: FasterMoE broadcasts hot experts (PPoPP 2022), SYMI partitions optimizer states over
+all ranks (arXiv 2504.19925), LAER-MoE weights (arXiv 2602.11686). Here a placement holds from one checkpoint to the
+next, so that slots keep weights and states of their own and gradients alone travel.
 
 Worked example, slots (0, 1 | 0, 2) on two ranks, gradients (a, b | c, d): rank 0 sums the first half of a + c, rank 1
 the second; both ranks end with (a + c) in their first slot, and b, d as they were.
