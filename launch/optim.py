@@ -9,6 +9,7 @@ from torch import nn
 
 import moeweave as mw
 from moeweave.launch.schema import OptimConfig
+from moeweave.parallel.placed import slots_of_replicas
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
@@ -41,5 +42,6 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         for decays in (True, False)
         if (params := [param for param in group["params"] if (param.dim() > 1) == decays])
     ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    fused = any(param.device.type != "cpu" for param in model.parameters()) or not slots_of_replicas(model)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
     return mw.prepare_optimizer(model, adamw)

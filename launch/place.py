@@ -24,6 +24,7 @@ example:
   moeweave-train experiment=quickstart run.dir=runs/mine
   python -m moeweave.launch.place runs/mine --ep 2 --out runs/mine/placement.json
   moeweave-train experiment=quickstart run.dir=runs/mine steps=400 plan.placement=runs/mine/placement.json
+  python -m moeweave.launch.place runs/mine --ep 2 --slots 12 --out runs/mine/placement.json  # with replicas
 """
 
 

@@ -18,6 +18,7 @@ from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.hf.build import build_model
 from moeweave.parallel.placed import place_blocks
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.replicas import check_replicas
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.sequence import check_sequence, shares_sequence
 from moeweave.parallel.stages import layer_list, share_out
@@ -37,6 +38,7 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     for block in place_blocks(blocks, parsed.placement, sizes):
         sizes.check_experts(block.num_slots, block.path)
         check_codec_width(block, parsed)
+        check_replicas(block, sizes, parsed)
         if sizes.etp > 1:
             check_width(block, sizes.etp, sizes.edp)
     if sizes.tp > 1:

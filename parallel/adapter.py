@@ -76,6 +76,11 @@ class MoEBlock:
         """Experts that the ranks hold together, replicas counted."""
         return self.num_experts if self.slots is None else len(self.slots)
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether some expert has several slots."""
+        return self.num_slots > self.num_experts
+
 
 _REGISTERED: dict[type[nn.Module], MoEAdapter] = {}
 

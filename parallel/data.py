@@ -2,7 +2,8 @@
 
 Convention, everywhere: a rank's loss is scaled so that the MEAN over loss ranks (data ranks, times `sp`) is the global
 loss. Dense gradients are averaged over the loss ranks. An expert's gradient already sums the tokens of every rank of
-its `ep` group, so it is summed over its copies and divided by the same number of loss ranks, not by that of copies.
+its `ep` group, so it is summed over its copies and divided by the same number of loss ranks, not by that of copies. An
+expert in several slots is then summed over these too (`replicas`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moeweave.parallel.adapter import MoEBlock
 from moeweave.parallel.expert import expert_list
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
+from moeweave.parallel.replicas import ReplicaSum, replica_sums
 
 
 def repeated_blocks(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]:
@@ -58,15 +60,17 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
         sync.attach(param, mesh.token_group, mesh.loss_size * mesh.sizes.etp)
     apart = set(shared)
     copies = mesh.sizes.edp * mesh.sizes.dp_replicate
+    sums = replica_sums(sharded, mesh)
     if plan.data == "fsdp2" and copies > 1:
         for block in sharded:
             # Experts of a block that was registered are called one by one, past the list that holds them.
             units = [block.experts] if block.adapter is None else list(filter(None, expert_list(block)))
             for unit in units:
-                _fully_shard_experts(unit, set(shared), mesh, plan)
+                _fully_shard_experts(unit, set(shared), mesh, plan, sums.get(block.path))
     else:
-        for param in own.values():
-            sync.attach(param, mesh.copies_group if copies > 1 else None, mesh.loss_size)
+        path_of = {id(param): block.path for block in sharded for param in expert_params(block)}
+        for at, param in own.items():
+            sync.attach(param, mesh.copies_group if copies > 1 else None, mesh.loss_size, sums.get(path_of[at]))
         apart |= set(own.values())
     if mesh.loss_size == 1 and plan.dtype is None:
         return
@@ -89,21 +93,27 @@ def expert_params(block: MoEBlock) -> list[nn.Parameter]:
     return [block.experts.get_parameter(name) for name in block.params]
 
 
-def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: Mesh, plan: Plan) -> None:
+def _fully_shard_experts(
+    experts: nn.Module, ignored: set[nn.Parameter], mesh: Mesh, plan: Plan, replicas: ReplicaSum | None
+) -> None:
     expert_mesh = mesh.expert["dp_replicate", "edp"] if mesh.sizes.dp_replicate > 1 else mesh.expert["edp"]
     edp = mesh.sizes.edp
 
     def placement(param: nn.Parameter) -> Shard | None:
         # dim 0 holds num_experts / ep experts here. Where the copies do not divide it, empty shards would break saving.
         local_shape = param.to_local().shape if isinstance(param, DTensor) else param.shape
-        even = [dim for dim, size in enumerate(local_shape) if size % edp == 0]
+        # Nor by slots where an expert has several: those must find each other's numbers on one coordinate of edp.
+        even = [dim for dim, size in enumerate(local_shape) if size % edp == 0 and (dim > 0 or replicas is None)]
         if mesh.sizes.etp > 1 and isinstance(param, DTensor):
             # DTensor cannot put together a tensor sharded twice along a dim and in two pieces along another.
             taken = {one.dim for one in param.placements if not isinstance(one, Replicate)}  # type: ignore[attr-defined]
             even = [dim for dim in even if dim not in taken] or even
         return Shard(even[0]) if even else None
 
-    def divide(grads: Tensor) -> None:
+    def finish(grads: Tensor) -> None:
+        if replicas is not None:
+            for grad in _views(grads, experts):
+                replicas.sum_(grad)
         grads /= mesh.loss_size
 
     fully_shard(
@@ -114,7 +124,16 @@ def _fully_shard_experts(experts: nn.Module, ignored: set[nn.Parameter], mesh: M
     # to zero in bf16 (pytorch/pytorch#190747), and with one shard it is applied twice to float16 and float64.
     experts.set_gradient_divide_factor(1.0)
     experts.set_force_sum_reduction_for_comms(True)
-    experts.set_all_reduce_hook(divide)
+    experts.set_all_reduce_hook(finish)
+
+
+def _views(grads: Tensor, module: nn.Module) -> list[Tensor]:
+    """The shards' gradients of one FSDP module, in the flat tensor that its hook gets: one after the other, none of
+    them padded where all are sharded evenly."""
+    shards = [shard for group in _param_groups(module) for shard in group.fsdp_params]
+    sizes = [shard.sharded_size for shard in shards if shard.sharded_param.requires_grad]
+    parts = grads.split([size.numel() for size in sizes])
+    return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
 
 class GradSync:
@@ -130,13 +149,27 @@ class GradSync:
         self.num_bytes = 0
         self._kept: dict[nn.Parameter, Tensor] = {}
 
-    def attach(self, param: nn.Parameter, group: dist.ProcessGroup | None, loss_size: int) -> None:
-        """Sum each new gradient of `param` over `group` and divide it by the loss ranks."""
-        if param.requires_grad and (loss_size > 1 or (group is not None and group.size() > 1)):
-            param.register_hook(lambda grad: self._take(param, grad, group, loss_size))
+    def attach(
+        self,
+        param: nn.Parameter,
+        group: dist.ProcessGroup | None,
+        loss_size: int,
+        replicas: ReplicaSum | None = None,
+    ) -> None:
+        """Sum each new gradient of `param` over `group` and `replicas`, and divide it by the loss ranks."""
+        summed = replicas is not None or (group is not None and group.size() > 1)
+        if param.requires_grad and (loss_size > 1 or summed):
+            param.register_hook(lambda grad: self._take(param, grad, group, loss_size, replicas))
 
-    def _take(self, param: nn.Parameter, grad: Tensor, group: dist.ProcessGroup | None, loss_size: int) -> Tensor:
-        if group is None:
+    def _take(
+        self,
+        param: nn.Parameter,
+        grad: Tensor,
+        group: dist.ProcessGroup | None,
+        loss_size: int,
+        replicas: ReplicaSum | None,
+    ) -> Tensor:
+        if group is None and replicas is None:
             return grad / loss_size
         # A clone: autograd may hand the same gradient to another parameter.
         local = (grad.to_local() if isinstance(grad, DTensor) else grad).clone(memory_format=torch.contiguous_format)
@@ -146,8 +179,11 @@ class GradSync:
         if not self.now:
             self._kept[param] = local
             return torch.zeros_like(grad)
-        dist.all_reduce(local, group=group)
-        self.num_bytes += local.numel() * local.element_size()
+        if group is not None:
+            dist.all_reduce(local, group=group)
+            self.num_bytes += local.numel() * local.element_size()
+        if replicas is not None:
+            self.num_bytes += replicas.sum_(local)
         local /= loss_size
         if isinstance(grad, DTensor):
             return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False)
@@ -211,9 +247,8 @@ def reduce_gradients(model: nn.Module) -> None:
         module.set_requires_gradient_sync(True, recurse=False)
         module.set_reshard_after_backward(True, recurse=False)
         states.append(module._get_fsdp_state())
-    for state in states:
-        # torch 2.11 has one group of parameters a module.
-        for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+    for module in _fsdp_modules(model):
+        for group in _param_groups(module):
             group.post_backward()
     for state in states:
         if state._is_root:
@@ -225,6 +260,12 @@ def shard_again(model: nn.Module) -> None:
     """Free what `keep_gathered` keeps, after a step without gradients."""
     for module in _fsdp_modules(model):
         module.reshard()
+
+
+def _param_groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    # torch 2.11 has one group of parameters a module.
+    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]))
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:

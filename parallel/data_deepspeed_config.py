@@ -76,8 +76,9 @@ def check_zero(model: nn.Module, plan: Plan, sizes: MeshSizes) -> None:
     for field in ("tp_sequence", "overlap", "grad_sync", "placement"):
         value, default = getattr(plan, field), getattr(Plan(), field)
         if value != default:
+            given = "" if field == "placement" else f" ({value!r})"  # which is as long as the model has experts
             raise ValueError(
-                f"Plan.{field} ({value!r}) must be {default!r} with Plan(data={plan.data!r}), or use data='fsdp2'."
+                f"Plan.{field}{given} must be {default!r} with Plan(data={plan.data!r}), or use data='fsdp2'."
             )
     if stage == 3 and sizes.tp > 1:
         raise ValueError(

@@ -218,16 +218,7 @@ class ExpertCall:
             per_expert = math.ceil(self.plan.capacity * ids_TK.numel() / num_experts)
             ids_TK, weights_TK, _ = apply_capacity(ids_TK, weights_TK, per_expert, by=self.plan.drop)
             accumulate(self.kept_E, load(ids_TK, num_experts))
-        return (ids_TK if self.table is None else self._in_slots(ids_TK)), weights_TK
-
-    def _in_slots(self, ids_TK: Tensor) -> Tensor:
-        assert self.table is not None
-        if self.table.has_replicas and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{self.block.path} has several slots for an expert (Plan.placement), whose gradients are not summed. "
-                "Run it under torch.no_grad(), or train with as many slots as experts."
-            )
-        return self.table(ids_TK)
+        return (ids_TK if self.table is None else self.table(ids_TK)), weights_TK
 
     def _local(self, name: str) -> Tensor:
         """This rank's slice of a parameter, in the compute dtype, low-rank deltas added."""

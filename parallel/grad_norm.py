@@ -9,8 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from moeweave.parallel.hf.boxes import Slots
 from moeweave.parallel.names import copied_names
+from moeweave.parallel.placed import slots_of_replicas
 from moeweave.parallel.record import Record, record_of
+from moeweave.parallel.replicas import counted_slots
 
 
 @torch.no_grad()
@@ -33,7 +36,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         return _clip_by_engine(record, max_norm, norm_type)
     named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
     copies = copied_names(model)
-    counted = [(grad, _is_rank_local(name, record)) for name, grad in named if name not in copies]
+    slots = slots_of_replicas(model)
+    counted = [(grad, _is_rank_local(name, record), slots.get(name)) for name, grad in named if name not in copies]
     norm = _global_norm(counted, norm_type, record)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for _, grad in named:
@@ -60,24 +64,24 @@ def _is_rank_local(name: str, record: Record) -> bool:
     return any(name.startswith(f"{b.path}.") for b in record.blocks if b.kind == "modulelist")
 
 
-def _global_norm(grads: list[tuple[Tensor, bool]], p: float, record: Record) -> Tensor:
-    """Sum |g|^p over local shards, then over exactly the mesh axes that shard them."""
+def _global_norm(grads: list[tuple[Tensor, bool, Slots | None]], p: float, record: Record) -> Tensor:
+    """Sum |g|^p over local shards, then over exactly the mesh axes that shard them. Of (gradient, whether it is this
+    rank's alone, slots of an expert with replicas)."""
     device = record.mesh.device
     infinite = p == float("inf")
-    narrow = torch.float64 if any(grad.dtype == torch.float64 for grad, _ in grads) else torch.float32
+    narrow = torch.float64 if any(grad.dtype == torch.float64 for grad, _, _ in grads) else torch.float32
     # On a CPU a sum of many float32 squares is off by 1e-3 at 20 million elements.
     wide = torch.float64 if device.type == "cpu" else narrow
     totals: dict[tuple[str, ...], Tensor] = {}
     groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
-    for grad, rank_local in grads:
+    for grad, rank_local, slots in grads:
         sharding = _sharding_groups(grad)
         if rank_local:
             sharding["ep"] = record.mesh.group("ep")
         # Axis names are the same on every rank, and so is their order: the collectives below line up.
         key = tuple(sorted(sharding))
         groups[key] = list(sharding.values())
-        local = grad.to_local() if isinstance(grad, DTensor) else grad
-        value = torch.linalg.vector_norm(local, p, dtype=wide).to(device) if local.numel() else _zero(device, wide)
+        value = _local_norm(grad, p, wide, slots).to(device)
         term = value if infinite else value**p
         before = totals.get(key, _zero(device, wide))
         totals[key] = torch.maximum(before, term) if infinite else before + term
@@ -90,6 +94,17 @@ def _global_norm(grads: list[tuple[Tensor, bool]], p: float, record: Record) -> 
     if record.mesh.sizes.pp > 1:
         dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=record.mesh.group("pp"))
     return (total if infinite else total ** (1.0 / p)).to(narrow)
+
+
+def _local_norm(grad: Tensor, p: float, dtype: torch.dtype, slots: Slots | None) -> Tensor:
+    """Norm of this rank's shard; of an expert's replicas the first counts."""
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    if not local.numel():
+        return _zero(local.device, dtype)
+    if slots is None:
+        return torch.linalg.vector_norm(local, p, dtype=dtype)
+    norm_n = torch.linalg.vector_norm(local.flatten(1), p, dim=1, dtype=dtype)
+    return torch.linalg.vector_norm(norm_n.where(counted_slots(grad, slots), 0.0), p)
 
 
 def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -17,8 +17,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from moeweave.parallel.agreement import CheckpointError
-from moeweave.parallel.names import listed, named_params
+from moeweave.parallel.hf.boxes import Slots, whole_shape
+from moeweave.parallel.names import listed, named_params, unwrap
 from moeweave.parallel.packing import pack, unpack
+from moeweave.parallel.placed import slots_of_params
 
 PREFIX = "optimizer"
 
@@ -110,11 +112,13 @@ def templates(
     """
     found: dict[str, Tensor] = {}
     params = {name: param for param, name in _names(model, optimizer).items()}
+    placed = slots_of_params(unwrap(model))
     for entry, stored in entries.items():
         prefix, _, rest = entry.partition("/")
         name, _, key = rest.rpartition("/")
         if prefix == PREFIX and name in params:
-            found[entry] = _template(params[name], optimizer.state.get(params[name], {}).get(key), stored, entry)
+            live = optimizer.state.get(params[name], {}).get(key)
+            found[entry] = _template(params[name], live, stored, entry, placed.get(name))
     return found
 
 
@@ -184,11 +188,11 @@ def _restored_group(
     return restored
 
 
-def _template(param: nn.Parameter, live: Any, stored: TensorStorageMetadata, entry: str) -> Tensor:
-    if isinstance(live, Tensor) and live.shape == stored.size:
+def _template(param: nn.Parameter, live: Any, stored: TensorStorageMetadata, entry: str, slots: Slots | None) -> Tensor:
+    if isinstance(live, Tensor) and _saved_shape(live, param, slots) == stored.size:
         return torch.empty_like(live.detach())
     dtype = stored.properties.dtype
-    if param.shape == stored.size and param.ndim > 0:
+    if _saved_shape(param, param, slots) == stored.size and param.ndim > 0:
         return torch.zeros_like(param.detach(), dtype=dtype)
     if len(stored.chunks) == 1:  # a count of steps and the like: whole on every rank
         return torch.empty(stored.size, dtype=dtype, device="cpu" if not stored.size else param.device)
@@ -197,3 +201,8 @@ def _template(param: nn.Parameter, live: Any, stored: TensorStorageMetadata, ent
         f"{entry} of shape {tuple(stored.size)} was saved in {len(stored.chunks)} pieces, and cannot be placed for "
         f"{kind} shape {tuple(param.shape)}. Take one optimizer step before loading, so that the state exists."
     )
+
+
+def _saved_shape(tensor: Tensor, param: nn.Parameter, slots: Slots | None) -> torch.Size:
+    """Shape in a checkpoint, which holds an expert once, of a parameter or of state that has a row for each of its."""
+    return whole_shape(tensor, slots if tensor.shape[:1] == param.shape[:1] else None)

@@ -28,6 +28,7 @@ from moeweave.parallel.plan import Plan
 from moeweave.parallel.prefill import install_prefill
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
+from moeweave.parallel.replicas import check_replicas
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.sequence import SequenceSharing, install_sequence, shares_sequence
 from moeweave.parallel.stages import Cut, cut_model
@@ -118,6 +119,7 @@ def _find_and_check(model: nn.Module, mesh: Mesh, plan: Plan) -> list[MoEBlock]:
     for block in place_blocks(blocks, plan.placement, mesh.sizes):
         mesh.sizes.check_experts(block.num_slots, block.path)
         check_codec_width(block, plan)
+        check_replicas(block, mesh.sizes, plan)
     _refuse_with_tp(model, blocks, mesh, plan)
     _refuse_with_etp(model, blocks, mesh)
     _refuse_with_sequence(mesh, plan)

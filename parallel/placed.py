@@ -8,7 +8,9 @@ saved speak of experts; only the exchange of tokens, and the memory of a rank, s
     3. save, load    a rank's rows are cut into the experts that they are (`hf.boxes`), so a checkpoint or folder does
                      not depend on a placement, and is the place to change it
 
-Several slots of one expert (replicas) share out its tokens in turns; they serve, and do not train.
+Several slots of one expert (replicas) share out its tokens in turns: a token's turn follows from its place among the
+tokens of its rank, so that a backward pass and a recomputation find the same slot. Their gradients are summed
+(`replicas`).
 
 Legend: E experts, S slots, C slots of an expert at most, T tokens here, K routes a token.
 """
@@ -111,7 +113,6 @@ class SlotTable:
         self.slots_EC = placement.slots_of_expert[0].to(device)
         self.num_replicas_E = placement.num_replicas[0].to(device)
         self.first = first
-        self.has_replicas = len(slots) > num_experts
 
     def __call__(self, ids_TK: Tensor) -> Tensor:
         """int64 [T, K] -> int64 [T, K]; what is no expert becomes -1, not routed."""
@@ -127,3 +128,8 @@ def slots_of_params(model: nn.Module) -> dict[str, Slots]:
     record = vars(model).get("_moeweave")
     blocks: list[MoEBlock] = [] if record is None else record.blocks
     return {f"{block.path}.{name}": block.slots for block in blocks if block.slots is not None for name in block.params}
+
+
+def slots_of_replicas(model: nn.Module) -> dict[str, Slots]:
+    """The same of those with several slots for an expert."""
+    return {name: slots for name, slots in slots_of_params(model).items() if len(set(slots)) < len(slots)}

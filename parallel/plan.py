@@ -87,7 +87,8 @@ class Plan:
             while the next computes ("each": that many times the bytes, and no unreduced gradients kept).
         placement: which experts lie on which rank of `ep`: a mapping from paths of experts to the expert of each slot,
             as `mw.place_by_load` makes it, or a JSON file of it. None: in the order of their ids. Checkpoints and
-            folders do not depend on it.
+            folders do not depend on it. An expert in several slots (replicas) gets its tokens in turns, and in
+            training the sum of its slots' gradients, on every slot the same.
         recompute: activation checkpointing of every block that holds experts; routing is replayed, not recomputed.
 
     Raises:

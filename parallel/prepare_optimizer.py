@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moeweave.parallel.record import record_of
+from moeweave.parallel.placed import slots_of_replicas
+from moeweave.parallel.record import Record, record_of
 
 
 def prepare_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -20,7 +21,8 @@ def prepare_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tor
         optimizer: new, over parameters of the model (`param_groups`).
 
     Raises:
-        ValueError: an optimizer that has taken steps or holds other parameters; parameters without memory.
+        ValueError: an optimizer that has taken steps or holds other parameters; parameters without memory; a fused one
+            for replicas of experts on a CPU.
         RuntimeError: a deepspeed that is too old, or that runs on another device.
 
     Example:
@@ -28,7 +30,18 @@ def prepare_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tor
     """
     record = record_of(model)
     if record.plan.zero_stage is None:
+        _refuse_drift(model, optimizer, record)
         return optimizer
     from moeweave.parallel.data_deepspeed import prepare
 
     return prepare(model, optimizer, record)
+
+
+def _refuse_drift(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record) -> None:
+    """torch's fused steps on a CPU round the last numbers of a tensor, too few for a vector, in another way."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    if fused and record.mesh.device.type == "cpu" and slots_of_replicas(model):
+        raise ValueError(
+            f"{type(optimizer).__name__}(fused=True) rounds by a number's place in its tensor on a CPU, so replicas of "
+            "experts (Plan.placement) would drift apart. Leave fused out."
+        )

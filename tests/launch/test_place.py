@@ -42,12 +42,13 @@ def test_what_cannot_be_placed_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_experts_placed_by_its_load(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--slots", "12"]], ids=["placed", "replicas"])
+def test_a_run_goes_on_with_its_experts_placed_by_its_load(more, tmp_path):
     short = [*TINY, "log.load_every=1", "checkpoint.every=2"]
     done = run("train", *short, "steps=4", "proof=false", "run.dir=plain", cwd=tmp_path)
     assert done.code == 0, done.err
     shutil.copytree(tmp_path / "plain", tmp_path / "placed")
-    done = run("moeweave.launch.place", "placed", "--ep", "2", "--out", "placement.json", cwd=tmp_path)
+    done = run("moeweave.launch.place", "placed", "--ep", "2", *more, "--out", "placement.json", cwd=tmp_path)
     assert (done.code, done.left) == (0, ()), done.err
     slots = json.loads((tmp_path / "placement.json").read_text())
     assert any(each != sorted(each) for each in slots.values())

@@ -7,6 +7,8 @@ import torch
 
 from moeweave.launch.schema import BatchConfig
 from moeweave.launch.verify import make_batch
+from moeweave.parallel.adapter import find_moe_blocks
+from moeweave.parallel.hf.build import build_model
 from programs import run
 
 
@@ -28,6 +30,29 @@ def test_models_meshes_and_plans_are_proven(tmp_path, arguments):
     assert "tolerance 1e-05" in done.out
     assert list(tmp_path.iterdir()) != []  # only what the test itself captured
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_replicas_of_experts_are_proven(tmp_path):
+    blocks = find_moe_blocks(build_model("qwen3_moe", device="meta"))
+    slots = [0, 1, 2, 3, 0, 4, 5, 6, 7, 0, 4, 4]
+    (tmp_path / "placement.json").write_text(json.dumps({block.path: slots for block in blocks}))
+    for more in ([], ["plan.data=ddp"]):
+        given = ["model=qwen3_moe", "mesh.dp=4", "mesh.ep=2", "mesh.device=cpu", "plan.placement=placement.json", *more]
+        done = run("verify", *given, cwd=tmp_path)
+        assert (done.code, done.left) == (0, ()), done.err + done.out
+        assert "equal: largest relative error" in done.out
+    refused = run(
+        "verify",
+        "model=qwen3_moe",
+        "mesh.dp=2",
+        "mesh.ep=2",
+        "plan.placement=placement.json",
+        "plan.data=zero1",
+        cwd=tmp_path,
+    )
+    assert refused.code == 2
+    assert "Plan.placement must be None with Plan(data='zero1'), or use data='fsdp2'." in refused.err
 
 
 def test_a_config_file_is_taken_at_its_own_sizes(tmp_path):

@@ -1,4 +1,4 @@
-"""Experts placed by load: the same numbers read into other places, which compute the same; replicas that serve."""
+"""Experts placed by load: the same numbers read into other places, which compute the same; replicas serve in turns."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def told(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor
     return found
 
 
-def replaced(name: str, folder: str, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def replaced(name: str, folder: str, before: dict[str, Any], after: dict[str, Any], num_slots: int) -> dict[str, Any]:
     """Trains, saves, places by the load that was measured, reads into another mesh, writes and goes on; beside it, the
     same without a placement."""
     model, optimizer, mesh = wrap(name, *before["run"])
@@ -72,7 +72,7 @@ def replaced(name: str, folder: str, before: dict[str, Any], after: dict[str, An
     sizes, plan = after["run"]
     found: dict[str, Any] = {"load": load}
     for kind in ("plain", "placed"):
-        chosen = {"placement": mw.place_by_load(load, sizes["ep"])} if kind == "placed" else {}
+        chosen = {"placement": mw.place_by_load(load, sizes["ep"], num_slots)} if kind == "placed" else {}
         model, optimizer, mesh = wrap(name, sizes, {**plan, **chosen})
         mw.load(f"{folder}/saved", model, optimizer)
         found[f"{kind} read"] = told(model, optimizer)
@@ -95,19 +95,25 @@ def assert_same_weights(*folders: Path) -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+PP2 = dict(pp=2, dp=2, ep=2)
 ROUTES: list[Any] = [
-    ("qwen3_moe", (dict(dp=4, ep=2), {}), (dict(dp=4, ep=4), {})),
-    ("gpt_oss", (dict(dp=4, ep=4), {}), (dict(dp=4, ep=2), dict(data="ddp"))),
-    pytest.param("mixtral", (dict(dp=4, ep=2), {}), (dict(dp=4, ep=2, etp=2), {}), marks=pytest.mark.slow),
-    pytest.param("deepseek_v3", (dict(dp=2, tp=2, ep=4), {}), (dict(pp=2, dp=2, ep=2), {}), marks=pytest.mark.slow),
-    pytest.param("step3p7", (dict(dp=4, ep=2), {}), (dict(dp=4, ep=4), {}), marks=pytest.mark.slow),
+    ("qwen3_moe", (dict(dp=4, ep=2), {}), (dict(dp=4, ep=4), {}), 8),
+    ("gpt_oss", (dict(dp=4, ep=4), {}), (dict(dp=4, ep=2), {}), 10),
+    pytest.param("gpt_oss", (dict(dp=4, ep=4), {}), (dict(dp=4, ep=2), dict(data="ddp")), 8, marks=pytest.mark.slow),
+    pytest.param("mixtral", (dict(dp=4, ep=2), {}), (dict(dp=4, ep=2, etp=2), {}), 8, marks=pytest.mark.slow),
+    pytest.param("mixtral", (dict(dp=4, ep=2), {}), (dict(dp=4, ep=2, etp=2), {}), 14, marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", (dict(dp=2, tp=2, ep=4), {}), (PP2, {}), 8, marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", (dict(dp=2, tp=2, ep=4), {}), (PP2, {}), 12, marks=pytest.mark.slow),
+    pytest.param("step3p7", (dict(dp=4, ep=2), {}), (dict(dp=4, ep=4), dict(data="ddp")), 12, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("name", "before", "after"), ROUTES)
-def test_a_checkpoint_is_where_the_placement_changes(name: str, before: Any, after: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "before", "after", "num_slots"), ROUTES)
+def test_a_checkpoint_is_where_the_placement_changes(
+    name: str, before: Any, after: Any, num_slots: int, tmp_path: Path
+) -> None:
     hf_zoo.needs(name)
-    ranks = run_ranks(4, replaced, name, str(tmp_path), {"run": before}, {"run": after})
+    ranks = run_ranks(4, replaced, name, str(tmp_path), {"run": before}, {"run": after}, num_slots)
     for found in ranks:
         assert found["placed names"] and not found["plain names"]
         want = found["plain read"]
@@ -119,7 +125,7 @@ def test_a_checkpoint_is_where_the_placement_changes(name: str, before: Any, aft
         for key, end in found["plain end"].items():
             assert_close(key, found["placed end"][key], end)
     load, ep = ranks[0]["load"], after[0]["ep"]
-    assert any(slots != list(range(NUM_EXPERTS)) for slots in mw.place_by_load(load, ep).values())
+    assert any(slots != list(range(NUM_EXPERTS)) for slots in mw.place_by_load(load, ep, num_slots).values())
     assert_same_weights(tmp_path / "plain-hf", tmp_path / "placed-hf")
 
 
@@ -173,22 +179,16 @@ def served(name: str, folder: str) -> dict[str, Any]:
     tokens = [each.generate(prompt, **options) for each in (solo, read, other)]
     call = record_of(other).calls[0]
     ids_TK = torch.zeros(6, 1, dtype=torch.int64)
-    try:
-        other.train()(**hf_zoo.make_batch(name, mesh.rank))
-        refused = ""
-    except RuntimeError as error:
-        refused = str(error)
-    return dict(tokens=tokens, slots=call.table(ids_TK).flatten().tolist(), refused=refused, held=call.num_local)
+    return dict(tokens=tokens, slots=call.table(ids_TK).flatten().tolist(), held=call.num_local)
 
 
-def test_replicas_serve_in_turns_and_do_not_train(tmp_path: Path) -> None:
+def test_replicas_serve_in_turns(tmp_path: Path) -> None:
     for rank, found in enumerate(run_ranks(4, served, "qwen3_moe", str(tmp_path))):
         want, *others = found["tokens"]
         assert all(torch.equal(got, want) for got in others)
         assert found["held"] == 3
         # Expert 0 is in slots 0, 8 and 9, and another replica has the first turn on every rank.
         assert found["slots"] == [[0, 8, 9][(rank + turn) % 3] for turn in range(6)]
-        assert "several slots for an expert" in found["refused"]
     assert_same_weights(tmp_path / "hf", tmp_path / "again")
 
 

@@ -18,9 +18,11 @@ import hf_zoo
 import plain_models
 from moeweave.parallel.checkpoint_engine import whole as gathered
 from moeweave.parallel.grad_norm import clip_grad_norm_, param_groups
+from moeweave.parallel.hf.boxes import whole_tensor
 from moeweave.parallel.loss import forward_backward, loss_of
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.parallelize import parallelize
+from moeweave.parallel.placed import slots_of_params
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.prepare_optimizer import prepare_optimizer
 from moeweave.parallel.verify import concatenate
@@ -57,7 +59,8 @@ class Steps:
     @property
     def name(self) -> str:
         sizes = "-".join(f"{axis}{size}" for axis, size in self.sizes.items())
-        rest = [*(f"{key}={value}" for key, value in {**self.plan, **self.options}.items()), self.tweak]
+        named = {**self.plan, **self.options}
+        rest = [*(key if key == "placement" else f"{key}={value}" for key, value in named.items()), self.tweak]
         return "-".join([self.model, sizes, *filter(None, rest)])
 
 
@@ -131,9 +134,9 @@ def train(steps: Steps) -> Trained:
         for optimizer in (plain_sgd, sgd):
             optimizer.step()
             optimizer.zero_grad()
-    errors = {}
+    errors, placed = {}, slots_of_params(wrapped)
     with gathered(wrapped):
-        state = {name: whole(tensor.detach()) for name, tensor in wrapped.state_dict().items()}
+        state = {name: whole_tensor(tensor, placed.get(name)) for name, tensor in wrapped.state_dict().items()}
     for name, _ in wrapped.named_parameters():
         want = reference.get_parameter(name).detach()
         errors[name] = error_of_update(state[name], want, start[name], steps.num_steps)
