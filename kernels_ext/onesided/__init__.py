@@ -16,7 +16,7 @@ import torch
 
 from moeweave.kernels_ext import nvrtc
 
-SOURCES = ("link.cu", "rows.cu", "layout.cu", "dispatch.cu", "combine.cu")
+SOURCES = ("ptx.cu", "link.cu", "rows.cu", "layout.cu", "dispatch.cu", "combine.cu")
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 CODECS = {"none": 0, "int8": 1, "fp8": 2, "fp8_e5m2": 3}
 GROUPS = {"token": 0, "group128": 128}
@@ -37,10 +37,10 @@ _C_TYPES = {"u64": ctypes.c_uint64, "i64": ctypes.c_int64, "int": ctypes.c_int32
 
 
 @functools.cache
-def source() -> str:
-    """All of `csrc/`, in order."""
+def source(names: tuple[str, ...] = SOURCES) -> str:
+    """Files of `csrc/` as one text, in their order."""
     folder = Path(__file__).parent / "csrc"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def _fields() -> list[tuple[str, type]]:

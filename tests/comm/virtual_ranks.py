@@ -7,7 +7,8 @@ missing. On one GPU this is how the protocol is tested; ranks of their own proce
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,12 +59,25 @@ class Streams:
     def __init__(self, size: int) -> None:
         self.streams = [torch.cuda.Stream() for _ in range(size)]
 
-    def run(self, call: Callable[[int], T]) -> list[T]:
+    def run(self, call: Callable[[int], T], ranks: Sequence[int] | None = None) -> list[T]:
+        """Of all ranks, or of these."""
         main, results = torch.cuda.current_stream(), []
-        for rank, stream in enumerate(self.streams):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
+        used = range(len(self.streams)) if ranks is None else ranks
+        for rank in used:
+            self.streams[rank].wait_stream(main)
+            with torch.cuda.stream(self.streams[rank]):
                 results.append(call(rank))
-        for stream in self.streams:
-            main.wait_stream(stream)
+        for rank in used:
+            main.wait_stream(self.streams[rank])
         return results
+
+    def run_waiting(self, call: Callable[[int], T]) -> list[T]:
+        """Calls that wait for the device, and so for each other."""
+
+        def on_stream(rank: int) -> T:
+            with torch.cuda.stream(self.streams[rank]):
+                return call(rank)
+
+        torch.cuda.synchronize()
+        with ThreadPoolExecutor(len(self.streams)) as pool:
+            return list(pool.map(on_stream, range(len(self.streams))))

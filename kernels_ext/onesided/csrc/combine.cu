@@ -196,7 +196,7 @@ DEVICE void open_batch(const Params& p, const u64* peers, Batch& batch, int firs
 DEVICE void close_row(int* left, u64 cell, u32 epoch) {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
-    asm volatile("fence.acq_rel.cta;" ::: "memory");
+    fence_block();
     if (atomicSub(left, 1) == 1) publish(cell, epoch, 0);
 }
 
@@ -273,11 +273,10 @@ DEVICE bool sum_results(const Params& p, int block, const Round& round) {
 }
 
 extern "C" __global__ void __launch_bounds__(384, 2) moeweave_combine(const __grid_constant__ Params p) {
-    extern __shared__ uint4 kept[];
     __shared__ Round round;
     if (blockIdx.x < p.senders) {
         begin(p, round, SENT, blockIdx.x);
-        push_results(p, kept, round);
+        push_results(p, dynamic_shared, round);
         return end(p, SENT, blockIdx.x, round.epoch);
     }
     const int block = blockIdx.x - p.senders;
@@ -312,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(512) moeweave_weight_gradients(cons
 
 // Exchange of counts alone, one block: `offsets`, and the number of rows that will arrive to the host (report[6]).
 extern "C" __global__ void __launch_bounds__(512) moeweave_plan(const __grid_constant__ Params p) {
-    extern __shared__ int shared[];
+    int* shared = (int*)dynamic_shared;
     __shared__ Layout layout;
     __shared__ u64 peers[MAX_RANKS];
     const u32 epoch = *epoch_of(p, p.kind, SENT, 0) + 1;

@@ -368,7 +368,7 @@ DEVICE void report_dropped(const Params& p, int block, u32 dropped) {
 }
 
 extern "C" __global__ void __launch_bounds__(384, 2) moeweave_dispatch(const __grid_constant__ Params p) {
-    extern __shared__ int shared[];
+    int* shared = (int*)dynamic_shared;
     __shared__ Round round;
     __shared__ u32 dropped;
     if (blockIdx.x < p.senders) {
