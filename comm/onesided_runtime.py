@@ -57,12 +57,13 @@ class CudaRuntime:
 
     Args:
         device: with an index.
+        variants: of the kernels, in place of those in `onesided.VARIANTS`.
     """
 
     threads: Mapping[str, int] = onesided.THREADS
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, variants: onesided.Variants = ()) -> None:
+        self.device, self.variants = device, variants
         self._stream = torch.cuda.Stream(device)
         # End of the last posted operation, until something waited for it: launches on other streams come after it.
         self._posted: torch.cuda.Event | None = None
@@ -71,7 +72,7 @@ class CudaRuntime:
         stream = torch.cuda.current_stream(self.device)
         if self._posted is not None and stream != self._stream:
             stream.wait_event(self._posted)
-        module = onesided.kernels(*compiled, self.device.index or 0)
+        module = onesided.kernels(*compiled, self.device.index or 0, self.variants)
         module.launch(kernel, grid, self.threads[kernel], params, shared_bytes)
 
     def synchronize(self) -> None:

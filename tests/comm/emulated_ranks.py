@@ -7,10 +7,11 @@ from typing import TypeVar
 
 import torch
 
-from cuda_on_cpu import CpuRuntime, Machine, Variants
+from cuda_on_cpu import CpuRuntime, Machine
 from moeweave.comm.onesided_cuda import CudaEngine
 from moeweave.comm.onesided_launch import Budget
 from moeweave.comm.windows_cuda import WindowMap
+from moeweave.kernels_ext.onesided import Variants
 from virtual_ranks import VirtualWindow
 
 T = TypeVar("T")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_on_cpu import Variants, needs_gxx, onesided_text
+from cuda_on_cpu import needs_gxx, onesided_text
 from moeweave.comm.onesided_launch import Budget
+from moeweave.kernels_ext.onesided import Variants
 from onesided_cases import Case, Inputs, dispatched, poison, round_trip, setup
 
 pytestmark = needs_gxx
@@ -27,10 +28,24 @@ def test_any_order_of_warps_gives_the_same(threads: int, budget: Budget) -> None
             round_trip(case, engines, ranks, Inputs.of(case, each))
 
 
-def run_rounds(text: str, variants: Variants = ()) -> None:
+OTHERS = (("MW_EXPAND_HOME", 0), ("MW_SUM_HOME", 0), ("MW_SUM_DEPTH", 3), ("MW_DECODE_DEPTH", 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["none", "fp8"])
+def test_other_ways_to_write_the_kernels_give_the_same(code: str) -> None:
+    case = Case(routing="holes", exact=True, format=code, width=1024, device="cpu")
+    for seed in range(3):
+        engines, ranks = setup(case, seed=seed, variants=OTHERS)
+        round_trip(case, engines, ranks, Inputs.of(case, seed))
+    if code == "none":
+        run_rounds(onesided_text(), OTHERS)
+
+
+def run_rounds(text: str, variants: Variants = (), seeds: int = 4) -> None:
     """Dispatches of several rounds without a halt between: a rank may be one ahead."""
     case = Case(tokens=(33, 64), width=1024, device="cpu")
-    for seed in range(4):
+    for seed in range(seeds):
         engines, ranks = setup(case, threads=128, seed=seed, text=text, timeout=0.2, variants=variants)
         inputs = [Inputs.of(case, each) for each in range(4)]
 
@@ -65,4 +80,4 @@ def test_the_emulation_sees_a_missing(before: str, after: str) -> None:
     text = onesided_text()
     assert before in text
     with pytest.raises((AssertionError, RuntimeError)):
-        run_rounds(text.replace(before, after))
+        run_rounds(text.replace(before, after), seeds=12)

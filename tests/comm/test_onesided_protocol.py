@@ -182,6 +182,44 @@ def test_an_absent_rank_ends_in_an_error(operation: str, device: str, graphed: b
             step(rank)
 
 
+@on_devices
+def test_a_sender_that_gives_up_spoils_what_has_arrived(device: str) -> None:
+    """Rank 0's tokens stay at home, so that all of their rows are there; only its senders wait for rank 1."""
+    case = Case(tokens=(64, 64), device=device)
+    engines, streams = setup(case, timeout=0.5)
+    inputs = Inputs.of(case)
+    inputs.ids = [ids % 8 + 8 * rank for rank, ids in enumerate(inputs.ids)]
+    arrived = dispatched(case, engines, streams, inputs)
+    combined(engines, streams, arrived)
+    synchronize(case)
+    [y] = streams.run(lambda r: engines[r].combine(arrived[r].rows_RD, arrived[r].weights_R, arrived[r].moves), [0])
+    synchronize(case)
+    assert y.isnan().all()
+    with pytest.raises(OneSidedError, match=r"combine waited 0.5 s for the acknowledgement .* of rank 1"):
+        engines[0].launcher.check()
+
+
+@on_devices
+def test_launches_behind_a_failed_one_give_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch and a combine of the same epoch, both launched before the host could see the failure."""
+    case = Case(tokens=(16, 16), device=device)
+    engines, streams = setup(case, timeout=0.5)
+    inputs = Inputs.of(case)
+    arrived = dispatched(case, engines, streams, inputs)
+    combined(engines, streams, arrived)
+    synchronize(case)
+    monkeypatch.setattr(engines[0].launcher, "check", lambda: None)
+
+    def step(rank: int) -> tuple[Tensor, Tensor]:
+        again = engines[rank].dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], capacity=200)
+        return again.rows_RD, engines[rank].combine(arrived[rank].rows_RD, arrived[rank].weights_R, arrived[rank].moves)
+
+    [(rows, y)] = streams.run(step, [0])  # rank 1 is gone
+    synchronize(case)
+    assert rows.isnan().all()
+    assert y.isnan().all()
+
+
 ROUNDS = {"cpu": 12, "cuda": 700}
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from moeweave.comm.onesided_cuda import CudaEngine
 from moeweave.comm.onesided_launch import Budget
+from moeweave.comm.onesided_runtime import CudaRuntime
 from moeweave.comm.windows_cuda import WindowMap
+from moeweave.kernels_ext.onesided import Variants
 
 # Streams that share a hardware queue would run one after the other, and the first would wait for the second for ever.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -33,7 +35,9 @@ class VirtualWindow:
     memory: Tensor
 
 
-def virtual_engines(window_map: WindowMap, *, timeout: float = 10.0, budget: Budget | None = None) -> list[CudaEngine]:
+def virtual_engines(
+    window_map: WindowMap, *, timeout: float = 10.0, budget: Budget | None = None, variants: Variants = ()
+) -> list[CudaEngine]:
     device = torch.device("cuda", 0)
     windows = [torch.zeros(window_map.num_bytes, dtype=torch.uint8, device=device) for _ in range(window_map.size)]
     peers = torch.tensor([window.data_ptr() for window in windows], dtype=torch.int64, device=device)
@@ -42,9 +46,12 @@ def virtual_engines(window_map: WindowMap, *, timeout: float = 10.0, budget: Bud
     budget = budget or Budget(sms // window_map.size, sms // window_map.size)
     _load_torch_kernels(device)
     return [
-        CudaEngine(VirtualWindow(rank, window_map.size, peers, window), window_map, timeout=timeout, budget=budget)
+        CudaEngine(
+            VirtualWindow(rank, window_map.size, peers, window), window_map, timeout=timeout, budget=budget,
+            runtime=CudaRuntime(device, variants),
+        )
         for rank, window in enumerate(windows)
-    ]
+    ]  # fmt: skip
 
 
 def _load_torch_kernels(device: torch.device) -> None:

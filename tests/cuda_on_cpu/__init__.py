@@ -26,7 +26,6 @@ from moeweave.comm.pending import Pending
 from moeweave.kernels_ext import onesided
 
 T = TypeVar("T")
-Variants = tuple[tuple[str, int], ...]
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC")
 HEADER = '#include "ptx.hpp"\n'
@@ -92,8 +91,8 @@ def onesided_text() -> str:
 
 
 @functools.cache
-def _onesided_module(text: str, compiled: Compiled, variants: Variants) -> Module:
-    return Module(text, tuple(onesided.THREADS), {**dict(onesided.defines(*compiled)), **dict(variants)})
+def _onesided_module(text: str, compiled: Compiled, variants: onesided.Variants) -> Module:
+    return Module(text, tuple(onesided.THREADS), dict(onesided.defines(*compiled, variants)))
 
 
 class Machine:
@@ -107,6 +106,7 @@ class Machine:
         self._changed = threading.Condition()
         self._running: set[int] = set()  # ranks whose thread runs Python
         self._waiting: set[int] = set()  # ranks that wait for the kernel they launched
+        self._launched: dict[int, tuple[Any, ...]] = {}  # what they launched since
         self._wrong: str | None = None
         _scheduler().set_seed(seed)
 
@@ -142,7 +142,7 @@ class Machine:
         arguments = (rank, module.handle, module.kernels[kernel], grid, threads, params, len(params), shared_bytes)
         with self._changed:
             assert rank in self._running, "a launch outside of run()"
-            _scheduler().start_grid(*arguments)
+            self._launched[rank] = arguments
             self._running.discard(rank)
             self._waiting.add(rank)
             self._changed.notify_all()
@@ -157,6 +157,8 @@ class Machine:
                 self._changed.wait_for(lambda: not self._running)
                 if not self._waiting:
                     return
+                for rank in sorted(self._launched):  # in one order, however the threads ran
+                    _scheduler().start_grid(*self._launched.pop(rank))
                 rank = _scheduler().run_until_one_ends(said, len(said))
                 ended = {rank} if rank >= 0 else set(self._waiting)
                 self._wrong = None if rank >= 0 else said.value.decode()
@@ -171,11 +173,11 @@ class CpuRuntime:
     Args:
         threads: of a block of any kernel, a multiple of 32 and at least 64.
         text: the kernels' source, if it is to be another than `onesided_text()`.
-        variants: macros, in place of their defaults in the source.
+        variants: in place of those in `onesided.VARIANTS`.
     """
 
     def __init__(
-        self, machine: Machine, rank: int, threads: int = 64, text: str | None = None, variants: Variants = ()
+        self, machine: Machine, rank: int, threads: int = 64, text: str | None = None, variants: onesided.Variants = ()
     ) -> None:
         self.machine, self.rank, self.text, self.variants = machine, rank, text or onesided_text(), variants
         self.threads = dict.fromkeys(onesided.THREADS, threads)

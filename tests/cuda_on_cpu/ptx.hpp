@@ -51,6 +51,8 @@ DEVICE void publish(u64 at, u32 epoch, u32 value) {
 }
 DEVICE uint4 load16(u64 at) { return load_as<uint4>(at); }
 DEVICE void store16(u64 at, uint4 v) { store_as(at, v); }
+DEVICE void store16_once(u64 at, uint4 v) { store_as(at, v); }
+DEVICE uint4 load16_once(u64 at) { return load_as<uint4>(at); }
 DEVICE u32 load4(u64 at) { return load_as<u32>(at); }
 DEVICE void store4(u64 at, u32 v) { store_as(at, v); }
 DEVICE void store8(u64 at, uint2 v) { store_as(at, v); }

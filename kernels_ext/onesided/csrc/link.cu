@@ -163,9 +163,9 @@ constexpr int PIECES = 1024;
 // Pieces of this launch's results, each to one of the blocks that failed.
 DEVICE u32 next_piece(const Params& p, u32 epoch) {
     u64* ticket = (u64*)((u32*)p.state + TICKET);
-    const u64 launch = (u64)epoch << 32;
+    const u64 launch = (u64)(epoch << 2 | (u32)p.kind) << 32;  // a dispatch and a combine have the same epochs
     for (u64 seen = *(volatile u64*)ticket;;) {
-        const u64 mine = seen >> 32 == epoch ? seen : launch, found = atomicCAS(ticket, seen, mine + 1);
+        const u64 mine = seen >> 32 == launch >> 32 ? seen : launch, found = atomicCAS(ticket, seen, mine + 1);
         if (found == seen) return (u32)mine;
         seen = found;
     }
@@ -188,7 +188,7 @@ DEVICE void fill_nan(u64 at, u64 bytes, u32 piece) {
         for (u64 i = units * 16 + threadIdx.x * 4; i + 4 <= bytes; i += blockDim.x * 4) store4(at + i, ALL);
 }
 
-// By the blocks that failed, after the others have ended (each within its own deadline): results that nobody may take for
+// By the blocks that failed, senders too, after the receivers have ended (each within its own deadline): results that nobody may take for
 // numbers. `fill(piece)` is called with every piece once.
 template <typename Fill>
 DEVICE void spoil(const Params& p, u32 epoch, Fill fill) {

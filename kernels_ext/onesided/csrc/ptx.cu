@@ -44,6 +44,38 @@ DEVICE void store16(u64 at, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+#if MW_ROW_STORE == 2 || MW_ROW_LOAD == 1
+DEVICE u64 evicted_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+#endif
+
+// Rows that a whole launch writes and never reads: they should leave L2 before what it is still to read.
+DEVICE void store16_once(u64 at, uint4 v) {
+#if MW_ROW_STORE == 1
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#elif MW_ROW_STORE == 2
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
+                 "l"(evicted_first()) : "memory");
+#else
+    store16(at, v);
+#endif
+}
+
+// Rows that a launch reads once and for the last time.
+DEVICE uint4 load16_once(u64 at) {
+#if MW_ROW_LOAD == 1
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at), "l"(evicted_first()) : "memory");
+    return v;
+#else
+    return load16(at);
+#endif
+}
+
 DEVICE u32 load4(u64 at) {
     u32 v;
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");

@@ -8,6 +8,8 @@
 
 constexpr int UNIT = MW_DTYPE == 2 ? 4 : 8, K = MW_TOPK, GROUP = MW_GROUP;
 constexpr bool CODED = MW_CODEC != 0;
+// Rows between tokens and experts of one rank do not pass through its window. Coded ones do: the code rounds them.
+constexpr bool EXPAND_HOME = MW_EXPAND_HOME && !CODED, SUM_HOME = MW_SUM_HOME && !CODED;
 constexpr float MOST = MW_CODEC == 1 ? 127.f : MW_CODEC == 2 ? 448.f : 57344.f;
 
 DEVICE void unpack(uint4 unit, float* v) {
