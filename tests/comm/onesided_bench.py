@@ -19,12 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1]))
 
 from moeweave.comm.codec import wire_width
 from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
