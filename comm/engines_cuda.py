@@ -16,6 +16,7 @@ import torch.distributed as dist
 from moeweave.comm.nodes import hosts_of
 from moeweave.comm.onesided_cuda import CudaEngine
 from moeweave.comm.onesided_launch import Budget
+from moeweave.comm.onesided_runtime import Runtime
 from moeweave.comm.watchdog import watch
 from moeweave.comm.windows_cuda import CudaWindow, SymmetricWindow, WindowMap
 from moeweave.kernels_ext import onesided
@@ -43,9 +44,11 @@ def cuda_engine_of(
     return engine
 
 
-def open_engine(window: CudaWindow, window_map: WindowMap, *, timeout: float, budget: Budget) -> CudaEngine:
+def open_engine(
+    window: CudaWindow, window_map: WindowMap, *, timeout: float, budget: Budget, runtime: Runtime | None = None
+) -> CudaEngine:
     """A named engine over a window that exists."""
-    engine = CudaEngine(window, window_map, timeout=timeout, budget=budget)
+    engine = CudaEngine(window, window_map, timeout=timeout, budget=budget, runtime=runtime)
     engine.name = f"onesided-cuda-{next(_NAMES)}"
     _NAMED[engine.name] = engine
     return engine

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moeweave.comm.codec import num_scales, wire_width
 from moeweave.comm.onesided_launch import Budget, Launcher, ceil_div, set_tensors
+from moeweave.comm.onesided_runtime import Runtime
 from moeweave.comm.windows_cuda import CudaWindow, WindowMap
 from moeweave.kernels_ext import onesided
 from moeweave.kernels_ext.onesided import CACHED, EXACT, GRADIENT, RAW, WEIGHTED
@@ -62,7 +63,7 @@ class CudaEngine:
     """Dispatch and combine over one window.
 
     Args:
-        window, window_map, timeout, budget: see `Launcher`.
+        window, window_map, timeout, budget, runtime: see `Launcher`.
 
     Attributes:
         map: the window's.
@@ -70,9 +71,10 @@ class CudaEngine:
     """
 
     def __init__(
-        self, window: CudaWindow, window_map: WindowMap, *, timeout: float = 600.0, budget: Budget | None = None
-    ) -> None:
-        self.launcher = Launcher(window, window_map, timeout, budget)
+        self, window: CudaWindow, window_map: WindowMap, *, timeout: float = 600.0, budget: Budget | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:  # fmt: skip
+        self.launcher = Launcher(window, window_map, timeout, budget, runtime)
         self.map, self.device, self.name = window_map, self.launcher.device, ""
 
     def dispatch(
@@ -194,7 +196,7 @@ class CudaEngine:
         params.ids_wide, params.num_tokens = int(ids_TK.dtype == torch.int64), ids_TK.shape[0]
         params.capacity, params.align, params.senders = 2**31 - 1, align, 1
         self.launcher.launch("moeweave_plan", params, torch.bfloat16, "none", "token", grid=1)
-        torch.cuda.current_stream(self.device).synchronize()
+        self.launcher.runtime.synchronize()
         self.launcher.check()
         return self.launcher.num_planned
 

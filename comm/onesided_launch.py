@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeweave.comm.onesided_runtime import Compiled, CudaRuntime, Runtime
 from moeweave.comm.windows_cuda import CudaWindow, WindowMap
 from moeweave.kernels_ext import onesided
 
@@ -57,25 +58,28 @@ class Launcher:
         window_map: its layout.
         timeout: seconds that one wait of a kernel may take.
         budget: blocks of each launch. Engines whose launches overlap must fit the device together.
+        runtime: what the kernels run on; None is the window's CUDA device.
 
     Attributes:
         window_map, budget: as given.
         device: of the window.
         state: int32 on the device, the kernels' counters.
-        stream: for asynchronous operations.
-        posted: end of the last of these, until something waited for it; launches on other streams come after it.
+        runtime: as given, or the device's.
         told: whether a reported failure was raised.
     """
 
-    def __init__(self, window: CudaWindow, window_map: WindowMap, timeout: float, budget: Budget | None) -> None:
+    def __init__(
+        self, window: CudaWindow, window_map: WindowMap, timeout: float, budget: Budget | None,
+        runtime: Runtime | None = None,
+    ) -> None:  # fmt: skip
         self.window, self.window_map, self.timeout = window, window_map, timeout
         self.device = window.peers.device
         self.budget = budget or Budget.of(self.device)
         self.state = torch.zeros(onesided.STATE_WORDS, dtype=torch.int32, device=self.device)
-        self.stream = torch.cuda.Stream(self.device)
-        self.posted: torch.cuda.Event | None = None
+        self.runtime = runtime or CudaRuntime(self.device)
         self.told = False
-        self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=True)
+        pinned = self.device.type == "cuda"
+        self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=pinned)
         self._base = self._fixed_params()
 
     def params(self, kind: str) -> Any:
@@ -94,7 +98,7 @@ class Launcher:
         parts of all slots are counted in 31 bits.
         """
         slots = self.window_map.size * (self.window_map.max_tokens + onesided.MAX_CHUNK)
-        warps, most = onesided.THREADS[kernel] // 32, max(min(params.row_stride // 512, 2**31 // slots - 1), 1)
+        warps, most = self.runtime.threads[kernel] // 32, max(min(params.row_stride // 512, 2**31 // slots - 1), 1)
         params.sender_parts = divisor_below(warps, min(warps // max(sent, 1), most))
         params.receiver_parts = divisor_below(warps, min(self.budget.receivers * warps // max(received, 1), most))
 
@@ -103,7 +107,7 @@ class Launcher:
 
         Each warp keeps its part of one; with more warps a row, fewer rows are kept.
         """
-        warps = onesided.THREADS[kernel] // 32
+        warps = self.runtime.threads[kernel] // 32
         for parts in (each for each in range(params.sender_parts, warps + 1) if warps % each == 0):
             stash = 16 * 32 * ceil_div(ceil_div(units, parts), 32)
             if stash * warps <= onesided.KEPT_BYTES:
@@ -113,15 +117,11 @@ class Launcher:
     def launch(
         self, kernel: str, params: Any, dtype: torch.dtype, format: str, scale: str, grid: int | None = None
     ) -> None:
-        """Run a kernel on the current stream, after what was posted; raises what an earlier launch reported."""
+        """Run a kernel after what was launched before; raises what an earlier launch reported."""
         self.check()
-        stream = torch.cuda.current_stream(self.device)
-        if self.posted is not None and stream != self.stream:
-            stream.wait_event(self.posted)
-        module = onesided.kernels(dtype, format, scale, self.window_map.top_k, self.device.index or 0)
         grid = self.budget.senders + self.budget.receivers if grid is None else grid
-        shared_bytes = max(8 * self.window_map.num_experts, params.stash * onesided.THREADS[kernel] // 32)
-        module.launch(kernel, grid, onesided.THREADS[kernel], params, shared_bytes)
+        shared_bytes = max(8 * self.window_map.num_experts, params.stash * self.runtime.threads[kernel] // 32)
+        self.runtime.launch(kernel, grid, params, shared_bytes, Compiled(dtype, format, scale, self.window_map.top_k))
 
     @property
     def num_dropped(self) -> int:

@@ -12,9 +12,8 @@ Legend: T tokens here, K routes a token, D width, R rows here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,8 +37,6 @@ from moeweave.comm.onesided_cuda_ops import (
 )
 from moeweave.comm.pending import Pending
 from moeweave.comm.windows_cuda import WindowMap
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +115,7 @@ class OneSidedCudaDispatcher:
         engine = self._engine_for(x_TD, ids_TK)
         settings = self._settings(engine, self.codec.for_dispatch)
         inputs = (x_TD.detach(), ids_TK, weights_TK.detach())
-        posted = _posted(engine, inputs, lambda: self.dispatch(*inputs, handle=handle))
+        posted = engine.launcher.runtime.post(inputs, lambda: self.dispatch(*inputs, handle=handle), _tensors_of)
 
         def finish() -> Dispatched:
             got = posted.wait()
@@ -133,7 +130,7 @@ class OneSidedCudaDispatcher:
         engine = self._opened()
         settings, moves = self._settings(engine, self.codec.for_combine), cuda_moves_of(dispatched.handle)
         inputs = (rows_RD.detach(), weights_TK.detach())
-        posted = _posted(engine, inputs, lambda: self.combine(*inputs, dispatched))
+        posted = engine.launcher.runtime.post(inputs, lambda: self.combine(*inputs, dispatched), _tensors_of)
         return Pending(
             lambda: _Returned.apply(rows_RD, weights_TK, dispatched.weights_R, posted.wait(), moves, settings)
         )
@@ -215,28 +212,6 @@ def cuda_moves_of(layout: Layout) -> CudaMoves:
     """The one-sided part of a layout."""
     assert isinstance(layout.slots, CudaMoves), "layout of another dispatcher"
     return layout.slots
-
-
-def _posted(engine: CudaEngine, inputs: tuple[Tensor, ...], call: Callable[[], T]) -> Pending[T]:
-    """`call` on the engine's stream, after what the current one holds; what it returns is joined at `wait`."""
-    current = torch.cuda.current_stream(engine.device)
-    engine.launcher.stream.wait_stream(current)
-    with torch.no_grad(), torch.cuda.stream(engine.launcher.stream):
-        result = call()
-    for tensor in inputs:
-        tensor.record_stream(engine.launcher.stream)
-    done = engine.launcher.posted = engine.launcher.stream.record_event()
-
-    def finish() -> T:
-        now = torch.cuda.current_stream(engine.device)
-        now.wait_event(done)
-        if engine.launcher.posted is done:
-            engine.launcher.posted = None
-        for tensor in _tensors_of(result):
-            tensor.record_stream(now)
-        return result
-
-    return Pending(finish)
 
 
 def _tensors_of(result: Any) -> list[Tensor]:

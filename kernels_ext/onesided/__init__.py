@@ -16,7 +16,7 @@ import torch
 
 from moeweave.kernels_ext import nvrtc
 
-SOURCES = ("link.cu", "rows.cu", "layout.cu", "dispatch.cu", "combine.cu")
+SOURCES = ("ptx.cu", "link.cu", "rows.cu", "layout.cu", "send.cu", "dispatch.cu", "combine.cu", "small.cu")
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 CODECS = {"none": 0, "int8": 1, "fp8": 2, "fp8_e5m2": 3}
 GROUPS = {"token": 0, "group128": 128}
@@ -35,12 +35,26 @@ OPERATIONS = ("dispatch", "combine", "plan")
 WAITS = {1: "acknowledgement of the round before", 2: "counts of routes", 3: "rows", 4: "gradients of the weights"}
 _C_TYPES = {"u64": ctypes.c_uint64, "i64": ctypes.c_int64, "int": ctypes.c_int32}
 
+Variants = tuple[tuple[str, int], ...]
+# Ways to write the kernels that only a measurement decides between; the results are the same, bit for bit.
+VARIANTS: Variants = (
+    ("MW_EXPAND_HOME", 1),  # dispatch: rows to this rank's own experts are read where the tokens are, without a codec
+    ("MW_SUM_HOME", 1),  # prereduced combine: rows of its own experts are summed where the result is, without a codec
+    # Units (16 bytes of the model's dtype) of a row that a lane loads before it uses one.
+    ("MW_EXPAND_DEPTH", 8),  # of dispatch, rows that are stored as they came
+    ("MW_DECODE_DEPTH", 4),  # coded rows, where they are received
+    ("MW_ENCODE_DEPTH", 1),  # and where they are sent; 4 spill registers
+    ("MW_SUM_DEPTH", 2),  # of combine, two rows each, without a codec; 3 spill registers
+    ("MW_ROW_STORE", 0),  # expert-major rows are stored 0 plainly, 1 streaming (.cs), 2 first to leave L2
+    ("MW_ROW_LOAD", 0),  # rows that are read for the last time are loaded 0 plainly, 1 first to leave L2
+)
+
 
 @functools.cache
-def source() -> str:
-    """All of `csrc/`, in order."""
+def source(names: tuple[str, ...] = SOURCES) -> str:
+    """Files of `csrc/` as one text, in their order."""
     folder = Path(__file__).parent / "csrc"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def _fields() -> list[tuple[str, type]]:
@@ -59,15 +73,20 @@ def params_type() -> type[ctypes.Structure]:
     return type("Params", (ctypes.Structure,), {"_fields_": _fields()})
 
 
-def defines(dtype: torch.dtype, codec: str, scale: str, top_k: int) -> tuple[tuple[str, int], ...]:
-    """What the source is compiled for."""
+def defines(
+    dtype: torch.dtype, codec: str, scale: str, top_k: int, variants: Variants = ()
+) -> tuple[tuple[str, int], ...]:
+    """What the source is compiled for. `variants` go before those of VARIANTS."""
     group = GROUPS[scale] if codec != "none" else 0
-    return ("MW_DTYPE", DTYPES[dtype]), ("MW_CODEC", CODECS[codec]), ("MW_GROUP", group), ("MW_TOPK", top_k)
+    rows = ("MW_DTYPE", DTYPES[dtype]), ("MW_CODEC", CODECS[codec]), ("MW_GROUP", group), ("MW_TOPK", top_k)
+    return *rows, *(dict(VARIANTS) | dict(variants)).items()
 
 
-def kernels(dtype: torch.dtype, codec: str, scale: str, top_k: int, device: int) -> nvrtc.Module:
+def kernels(
+    dtype: torch.dtype, codec: str, scale: str, top_k: int, device: int, variants: Variants = ()
+) -> nvrtc.Module:
     """The kernels for rows of `dtype` that travel as `codec` and `scale` of comm/codec.py say."""
-    return nvrtc.load(source(), "onesided.cu", tuple(THREADS), defines(dtype, codec, scale, top_k), device)
+    return nvrtc.load(source(), "onesided.cu", tuple(THREADS), defines(dtype, codec, scale, top_k, variants), device)
 
 
 def supports(device: torch.device) -> str | None:

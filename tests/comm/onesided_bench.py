@@ -9,6 +9,8 @@ A dispatch is checked against the reference before anything is timed.
     warm    ten operations in one graph, a tenth of its time, nothing written between
     floor   bytes that must be read and written over the rate of a device copy
 
+`--variants` times every way to write the kernels that `onesided.VARIANTS` leaves open, each against "default".
+
 Legend: T tokens of a rank, K routes a token, D width, W ranks.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,19 +27,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 from moeweave.comm.codec import wire_width
 from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
+from moeweave.kernels_ext.onesided import Variants
 from moeweave.launch.bench.shapes import SHAPES
 from onesided_cases import Case, Inputs, check_dispatch
 from virtual_ranks import Streams, virtual_engines
 
+# What each changes in onesided.VARIANTS.
+CHANGES: dict[str, Variants] = {
+    "default": (),
+    "through the window": (("MW_EXPAND_HOME", 0), ("MW_SUM_HOME", 0), ("MW_SUM_DEPTH", 3)),
+    "sum depth 3": (("MW_SUM_DEPTH", 3),),
+    "expand depth 4": (("MW_EXPAND_DEPTH", 4),),
+    "decode depth 8": (("MW_DECODE_DEPTH", 8),),
+    "encode depth 4": (("MW_ENCODE_DEPTH", 4),),
+    "streaming stores": (("MW_ROW_STORE", 1),),
+    "stores leave L2 first": (("MW_ROW_STORE", 2),),
+    "loads leave L2 first": (("MW_ROW_LOAD", 1),),
+    "both leave L2 first": (("MW_ROW_STORE", 2), ("MW_ROW_LOAD", 1)),
+}
 ROUNDS, IN_GRAPH, FLUSH_BYTES = 15, 10, 256 << 20
 
 
 class Setting:
     """One shape on W virtual ranks: engines, tokens, and the operations that are timed."""
 
-    def __init__(self, shape: str, world: int, code: str, scale: str, share: bool = False) -> None:
+    def __init__(self, shape: str, world: int, code: str, scale: str, share: bool, variants: Variants) -> None:
         sizes = SHAPES[shape]
         tokens, experts, top_k = sizes.tokens, sizes.experts, sizes.topk
         width = sizes.hidden // (world if share else 1)
@@ -44,7 +63,7 @@ class Setting:
             tokens=(tokens,) * world, width=width, num_experts=experts, top_k=top_k, max_tokens=tokens, format=code,
             scale=scale,
         )  # fmt: skip
-        self.engines: list[CudaEngine] = virtual_engines(self.case.window)
+        self.engines: list[CudaEngine] = virtual_engines(self.case.window, variants=variants)
         self.streams, self.inputs = Streams(world), Inputs.of(self.case)
         spread = torch.bincount(torch.cat(self.inputs.ids).reshape(-1), minlength=experts).view(world, -1).sum(1)
         self.capacity = int(spread.max())
@@ -111,13 +130,13 @@ def copy_rate() -> float:
     return 2 * source.numel() / median_us(lambda: target.copy_(source))
 
 
-def measure(shape: str, world: int, codec: str, rate: float, share: bool) -> dict[str, Any]:
+def measure(shape: str, world: int, codec: str, change: str, rate: float, share: bool) -> dict[str, Any]:
     code, _, scale = codec.partition("-")
-    setting = Setting(shape, world, code, scale or "token", share)
+    setting = Setting(shape, world, code, scale or "token", share, CHANGES[change])
     flush, num_bytes = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda"), setting.num_bytes()
     budget = setting.engines[0].launcher.budget
     line: dict[str, Any] = dict(
-        shape=shape, width=setting.case.width, ranks=world, codec=codec,
+        shape=shape, width=setting.case.width, ranks=world, codec=codec, change=change,
         blocks_a_rank=f"{budget.senders}+{budget.receivers}",
     )  # fmt: skip
     for name, call in (("dispatch", setting.dispatch), ("combine", setting.combine)):
@@ -137,11 +156,13 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,4")
     parser.add_argument("--codecs", default="none,fp8")
     parser.add_argument("--share", action="store_true", help="width over ranks: a rank's part of the device's rate")
+    parser.add_argument("--variants", action="store_true", help="all of CHANGES, in place of the default alone")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rate = copy_rate()
-    settings = [(shape, int(world), codec) for shape in given.shapes.split(",") for world in given.ranks.split(",")
-                for codec in given.codecs.split(",")]  # fmt: skip
+    settings = [(shape, int(world), codec, change) for shape in given.shapes.split(",")
+                for world in given.ranks.split(",") for codec in given.codecs.split(",")
+                for change in (CHANGES if given.variants else ["default"])]  # fmt: skip
     lines = [measure(*setting, rate, given.share) for setting in settings]
     if given.out:
         device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

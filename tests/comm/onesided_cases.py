@@ -1,19 +1,38 @@
-"""Cases of the CUDA engine for virtual ranks on one GPU, compared with the reference in plain PyTorch."""
+"""Cases of the CUDA engine for virtual ranks, on one GPU or emulated, compared with the reference in plain PyTorch."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from cuda_on_cpu import needs_gxx
+from emulated_ranks import EmulatedRanks, emulated_engines
 from moeweave.comm.codec import decode_rows, encode_rows, wire_width
 from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
 from moeweave.comm.windows_cuda import WindowMap
 from moeweave.kernels_ext.onesided import reference
 from virtual_ranks import Streams, virtual_engines
+
+Ranks = Streams | EmulatedRanks
+
+# A GPU where there is one; the emulation everywhere else, which is the same source.
+on_devices = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=needs_gxx), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+
+
+def on_devices_of(name: str, values: Sequence[Any], quick: Callable[[Any], bool]) -> pytest.MarkDecorator:
+    """`on_devices` beside an argument, the emulation slow for values that are not `quick`: each needs a compilation."""
+    cpu = [pytest.param(v, "cpu", marks=[needs_gxx, *([] if quick(v) else [pytest.mark.slow])]) for v in values]
+    return pytest.mark.parametrize(
+        f"{name}, device", [*cpu, *(pytest.param(v, "cuda", marks=pytest.mark.gpu) for v in values)], ids=str
+    )
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Case:
     scale: str = "token"
     exact: bool = False
     align: int = 1
+    device: str = "cuda"
 
     @property
     def world(self) -> int:
@@ -58,13 +78,13 @@ class Case:
 def routing(case: Case, rank: int, generator: torch.Generator) -> Tensor:
     shape = case.tokens[rank], case.top_k
     if case.routing == "hot":  # one expert for everybody, and nothing else
-        ids = torch.full(shape, -1, device="cuda", dtype=torch.int64)
+        ids = torch.full(shape, -1, device=case.device, dtype=torch.int64)
         ids[:, 0] = case.num_experts - 1
         return ids
-    scores = torch.rand(shape[0], case.num_experts, device="cuda", generator=generator)
+    scores = torch.rand(shape[0], case.num_experts, device=case.device, generator=generator)
     ids = scores.topk(case.top_k, dim=1).indices
     if case.routing == "holes":
-        holes = torch.rand(shape, device="cuda", generator=generator)
+        holes = torch.rand(shape, device=case.device, generator=generator)
         ids = torch.where(holes < 0.4, -1, torch.where(holes > 0.9, case.num_experts + 3, ids))
     return torch.full_like(ids, -1) if case.routing == "none" else ids
 
@@ -77,10 +97,10 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case, seed: int = 0) -> Inputs:
-        g = torch.Generator("cuda").manual_seed(seed)
+        g = torch.Generator(case.device).manual_seed(seed)
         ranks = range(case.world)
-        xs = [torch.randn(case.tokens[r], case.width, device="cuda", generator=g).to(case.dtype) for r in ranks]
-        weights = [torch.rand(case.tokens[r], case.top_k, device="cuda", generator=g) for r in ranks]
+        xs = [torch.randn(case.tokens[r], case.width, device=case.device, generator=g).to(case.dtype) for r in ranks]
+        weights = [torch.rand(case.tokens[r], case.top_k, device=case.device, generator=g) for r in ranks]
         return cls(xs, [routing(case, r, g) for r in ranks], weights)
 
 
@@ -92,7 +112,7 @@ def poison(engines: list[CudaEngine]) -> None:
 
 
 def dispatched(
-    case: Case, engines: list[CudaEngine], streams: Streams, inputs: Inputs, **options: Any
+    case: Case, engines: list[CudaEngine], streams: Ranks, inputs: Inputs, **options: Any
 ) -> list[CudaArrived]:
     def call(rank: int) -> CudaArrived:
         return engines[rank].dispatch(
@@ -122,7 +142,7 @@ def experts(rows: Tensor, scale: float = 1.5) -> Tensor:
     return (rows.float() * scale + 0.25).to(rows.dtype)
 
 
-def round_trip(case: Case, engines: list[CudaEngine], streams: Streams, inputs: Inputs) -> dict[str, list[Tensor]]:
+def round_trip(case: Case, engines: list[CudaEngine], streams: Ranks, inputs: Inputs) -> dict[str, list[Tensor]]:
     arrived = dispatched(case, engines, streams, inputs)
     expected = check_dispatch(case, arrived, inputs)
     made, weights_R = [experts(rows) for rows, _ in expected], [weights for _, weights in expected]
@@ -153,5 +173,13 @@ def round_trip(case: Case, engines: list[CudaEngine], streams: Streams, inputs: 
     return results
 
 
-def setup(case: Case, **options: Any) -> tuple[list[CudaEngine], Streams]:
+def setup(case: Case, **options: Any) -> tuple[list[CudaEngine], Ranks]:
+    """Engines of all ranks, and what runs a function on each. Options as of virtual_engines or emulated_engines."""
+    if case.device == "cpu":
+        return emulated_engines(case.window, **options)
     return virtual_engines(case.window, **options), Streams(case.world)
+
+
+def synchronize(case: Case) -> None:
+    if case.device == "cuda":
+        torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Rows and sums of the CUDA engine with virtual ranks on one GPU, against the reference in plain PyTorch.
+"""Rows and sums of the CUDA engine, virtual ranks on one GPU or emulated, against the reference in plain PyTorch.
 
 Rows that were moved, exact sums and prereduced sums are equal bit for bit; what goes through a codec equals the codec's
 own encode and decode; dot products are within the table.
@@ -6,6 +6,7 @@ own encode and decode; dot products are within the table.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,9 +16,17 @@ from torch import Tensor
 from moeweave.comm.onesided_cuda import CudaArrived
 from moeweave.kernels_ext.onesided import reference
 from moeweave.kernels_ext.tolerance import SQNR_FLOOR, assert_close, sqnr
-from onesided_cases import Case, Inputs, check_dispatch, dispatched, poison, round_trip, setup
-
-pytestmark = pytest.mark.gpu
+from onesided_cases import (
+    Case,
+    Inputs,
+    check_dispatch,
+    dispatched,
+    on_devices,
+    on_devices_of,
+    poison,
+    round_trip,
+    setup,
+)
 
 CASES = [
     Case(),
@@ -38,8 +47,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_round_trip(case: Case) -> None:
+def quick(case: Case) -> bool:
+    return case.top_k == 4 and case.dtype == torch.bfloat16 and case.max_tokens == 64
+
+
+@on_devices_of("case", CASES, quick)
+def test_round_trip(case: Case, device: str) -> None:
+    case = replace(case, device=device)
     engines, streams = setup(case)
     for seed in range(3):
         poison(engines)
@@ -47,12 +61,16 @@ def test_round_trip(case: Case) -> None:
 
 
 CODED = [("fp8", "token"), ("fp8", "group128"), ("int8", "token"), ("fp8_e5m2", "token"), ("fp8_e5m2", "group128")]
+QUICK = [(("fp8", "token"), torch.bfloat16), (("fp8", "group128"), torch.bfloat16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("code, scale", CODED)
-def test_codec(code: str, scale: str, dtype: torch.dtype) -> None:
-    case = Case(tokens=(37, 64, 0, 50), width=640, format=code, scale=scale, dtype=dtype, exact=True, routing="holes")
+@on_devices_of("coded", list(itertools.product(CODED, [torch.bfloat16, torch.float32])), lambda coded: coded in QUICK)
+def test_codec(coded: tuple[tuple[str, str], torch.dtype], device: str) -> None:
+    (code, scale), dtype = coded
+    case = Case(
+        tokens=(37, 64, 0, 50), width=640, format=code, scale=scale, dtype=dtype, exact=True, routing="holes",
+        device=device,
+    )  # fmt: skip
     engines, streams = setup(case)
     inputs = Inputs.of(case)
     inputs.xs[0][3] = 0.0
@@ -61,8 +79,9 @@ def test_codec(code: str, scale: str, dtype: torch.dtype) -> None:
     assert sqnr(case.coded(inputs.xs[1]), inputs.xs[1]) > SQNR_FLOOR[code][0]
 
 
-def test_not_finite_rows_arrive_as_nan() -> None:
-    case = Case(tokens=(8, 8), format="fp8", routing="spread")
+@on_devices
+def test_not_finite_rows_arrive_as_nan(device: str) -> None:
+    case = Case(tokens=(8, 8), format="fp8", routing="spread", device=device)
     engines, streams = setup(case)
     inputs = Inputs.of(case)
     inputs.xs[0][2, 7], inputs.xs[1][3, 100] = float("nan"), float("inf")
@@ -73,9 +92,10 @@ def test_not_finite_rows_arrive_as_nan() -> None:
         assert rows.isnan().all(1).any()
 
 
-@pytest.mark.parametrize("code, scale", [("fp8", "token"), ("fp8", "group128"), ("int8", "token")])
-def test_raw_rows_keep_their_codes(code: str, scale: str) -> None:
-    case = Case(width=640, format=code, scale=scale)
+@on_devices_of("coded", CODED[:3], lambda coded: coded[0] == "fp8")
+def test_raw_rows_keep_their_codes(coded: tuple[str, str], device: str) -> None:
+    code, scale = coded
+    case = Case(width=640, format=code, scale=scale, device=device)
     engines, streams = setup(case)
     inputs = Inputs.of(case)
     for rank, got in enumerate(dispatched(case, engines, streams, inputs, raw=True)):
@@ -86,10 +106,11 @@ def test_raw_rows_keep_their_codes(code: str, scale: str) -> None:
         assert torch.equal(grouped.view(len(rows), -1).to(case.dtype), rows)
 
 
+@on_devices
 @pytest.mark.parametrize("code", ["none", "fp8_e5m2"])
 @pytest.mark.parametrize("routed", ["spread", "holes"])
-def test_gradients(routed: str, code: str) -> None:
-    case = Case(routing=routed)
+def test_gradients(routed: str, code: str, device: str) -> None:
+    case = Case(routing=routed, device=device)
     engines, streams = setup(case)
     for seed in range(2):
         inputs, other = Inputs.of(case, seed), Inputs.of(case, seed + 7)
@@ -111,8 +132,9 @@ def test_gradients(routed: str, code: str) -> None:
             assert torch.equal(grad_TK[inputs.ids[rank] < 0], torch.zeros_like(grad_TK[inputs.ids[rank] < 0]))
 
 
-def test_resend_uses_the_cached_layout() -> None:
-    case = Case(routing="holes")
+@on_devices
+def test_resend_uses_the_cached_layout(device: str) -> None:
+    case = Case(routing="holes", device=device)
     engines, streams = setup(case)
     inputs, other = Inputs.of(case, 1), Inputs.of(case, 2)
     arrived = dispatched(case, engines, streams, inputs)
@@ -126,8 +148,9 @@ def test_resend_uses_the_cached_layout() -> None:
     check_dispatch(case, again, other)
 
 
-def test_alignment_pads_with_zeros() -> None:
-    case = Case(align=16)
+@on_devices
+def test_alignment_pads_with_zeros(device: str) -> None:
+    case = Case(align=16, device=device)
     engines, streams = setup(case)
     inputs = Inputs.of(case)
     for rank, got in enumerate(dispatched(case, engines, streams, inputs)):

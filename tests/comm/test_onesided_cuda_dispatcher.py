@@ -1,10 +1,11 @@
-"""The dispatcher over CUDA engines, with its gradients: virtual ranks on one GPU against one autograd graph of all.
+"""The dispatcher over CUDA engines and its gradients: virtual ranks, on a GPU or emulated, against one autograd graph.
 
 Experts multiply a row by a vector of their own, so that gradients of rows, weights and experts are all of interest.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,21 +20,27 @@ from moeweave.comm.engines_cuda import open_engine
 from moeweave.comm.onesided_launch import Budget
 from moeweave.kernels_ext.tolerance import SQNR_FLOOR, assert_close, sqnr
 from moeweave.parallel.recompute import replay_routing
-from onesided_cases import Case, Inputs
-from virtual_ranks import Streams, virtual_engines
-
-pytestmark = pytest.mark.gpu
+from onesided_cases import Case, Inputs, Ranks, on_devices, on_devices_of, setup
 
 
-def dispatchers_of(case: Case, **options: object) -> list[OneSidedCudaDispatcher]:
-    engines = virtual_engines(case.window)
+def dispatchers_of(case: Case, **options: object) -> tuple[list[OneSidedCudaDispatcher], Ranks]:
+    engines, ranks = setup(case)
     made = []
     for each in engines:
-        engine = open_engine(each.launcher.window, case.window, timeout=10.0, budget=each.launcher.budget)
+        given = each.launcher
+        engine = open_engine(given.window, case.window, timeout=10.0, budget=given.budget, runtime=given.runtime)
         dispatcher = OneSidedCudaDispatcher(None, case.num_experts, "exact" if case.exact else "prereduced", **options)
         dispatcher._engine = engine
         made.append(dispatcher)
-    return made
+    return made, ranks
+
+
+def backward(ranks: Ranks, case: Case, losses: list[Tensor]) -> None:
+    """Of all ranks at once: one rank's kernels wait for another's."""
+    if case.device == "cpu":
+        ranks.run(lambda rank: losses[rank].backward())
+    else:
+        sum(losses).backward()
 
 
 def apply_experts(scales_eD: Tensor, dispatched: Dispatched) -> Tensor:
@@ -61,20 +68,20 @@ CASES = [
 ]
 
 
+@on_devices_of("case", CASES, lambda case: case.dtype == torch.bfloat16)
 @pytest.mark.parametrize("posted", [False, True], ids=["called", "posted"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_against_one_graph(case: Case, posted: bool) -> None:
-    room = case.world * case.max_tokens * case.top_k
-    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=room)), Streams(case.world)
+def test_gradients_against_one_graph(case: Case, posted: bool, device: str) -> None:
+    room, case = case.world * case.max_tokens * case.top_k, replace(case, device=device)
+    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=room))
     inputs, num_local = Inputs.of(case, 3), case.num_experts // case.world
     leaf = lambda t: t.detach().clone().requires_grad_()  # noqa: E731
-    scales_ED = torch.rand(case.num_experts, case.width, device="cuda") + 0.5
+    scales_ED = torch.rand(case.num_experts, case.width, device=device) + 0.5
     xs, weights, mine = (
         list(map(leaf, inputs.xs)),
         list(map(leaf, inputs.weights)),
         list(map(leaf, scales_ED.split(num_local))),
     )
-    probes = [torch.randn(x.shape, device="cuda") for x in xs]
+    probes = [torch.randn(x.shape, device=device) for x in xs]
 
     def forward(rank: int) -> Dispatched:
         arguments = xs[rank], inputs.ids[rank], weights[rank]
@@ -88,9 +95,7 @@ def test_gradients_against_one_graph(case: Case, posted: bool) -> None:
         return dispatchers[rank].combine_async(*arguments).wait() if posted else dispatchers[rank].combine(*arguments)
 
     ys = streams.run(back)
-    # One rank's backward kernels wait for another's: all are launched before anything looks at a result.
-    total = sum((y.float() * probe).sum() for y, probe in zip(ys, probes, strict=True))
-    total.backward()
+    backward(streams, case, [(y.float() * probe).sum() for y, probe in zip(ys, probes, strict=True)])
     want_x, want_w, want_s = list(map(leaf, inputs.xs)), list(map(leaf, inputs.weights)), leaf(scales_ED)
     want = [plain(x, ids, w, want_s) for x, ids, w in zip(want_x, inputs.ids, want_w, strict=True)]
     sum((y * probe).sum() for y, probe in zip(want, probes, strict=True)).backward()
@@ -102,19 +107,16 @@ def test_gradients_against_one_graph(case: Case, posted: bool) -> None:
         dispatchers[rank].check()
 
 
-@pytest.mark.parametrize("code", ["fp8", "int8"])
-def test_codec_on_all_four_exchanges(code: str) -> None:
-    case = Case(format=code)
+@on_devices_of("code", ["fp8", "int8"], lambda code: code == "fp8")
+def test_codec_on_all_four_exchanges(code: str, device: str) -> None:
+    case = Case(format=code, device=device)
     codec = Codec(dispatch=code, combine=code, dispatch_backward=code, combine_backward=code)
-    dispatchers, streams = (
-        dispatchers_of(case, options=CudaOptions(capacity=2000), codec=codec),
-        Streams(case.world),
-    )
+    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=2000), codec=codec)
     inputs = Inputs.of(case, 3)
     xs = [x.clone().requires_grad_() for x in inputs.xs]
     arrived = streams.run(lambda rank: dispatchers[rank].dispatch(xs[rank], inputs.ids[rank], inputs.weights[rank]))
     ys = streams.run(lambda r: dispatchers[r].combine(arrived[r].rows_RD, inputs.weights[r], arrived[r]))
-    sum(y.float().sum() for y in ys).backward()
+    backward(streams, case, [y.float().sum() for y in ys])
     for rank in range(case.world):
         total = inputs.weights[rank].sum(1, keepdim=True)
         assert (
@@ -123,9 +125,10 @@ def test_codec_on_all_four_exchanges(code: str) -> None:
         assert sqnr(xs[rank].grad, total.expand(-1, case.width)) > SQNR_FLOOR[code][0] - 6
 
 
-def test_handle_is_reused() -> None:
-    case = Case(routing="holes")
-    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=2000)), Streams(case.world)
+@on_devices
+def test_handle_is_reused(device: str) -> None:
+    case = Case(routing="holes", device=device)
+    dispatchers, streams = dispatchers_of(case, options=CudaOptions(capacity=2000))
     inputs = Inputs.of(case, 1)
     once = streams.run(lambda r: dispatchers[r].dispatch(inputs.xs[r], inputs.ids[r], inputs.weights[r]))
     again = streams.run(
@@ -137,9 +140,10 @@ def test_handle_is_reused() -> None:
         assert torch.equal(first.weights_R[:end], second.weights_R[:end])
 
 
+@pytest.mark.gpu
 def test_recomputation_sends_along_the_kept_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(tokens=(20,), num_experts=4)
-    [dispatcher], inputs = dispatchers_of(case), Inputs.of(case, 2)
+    ([dispatcher], _), inputs = dispatchers_of(case), Inputs.of(case, 2)
     x_TD, engine, calls = inputs.xs[0].clone().requires_grad_(), dispatcher._engine, []
 
     def count(name: str) -> None:
@@ -168,6 +172,7 @@ def test_recomputation_sends_along_the_kept_layout(monkeypatch: pytest.MonkeyPat
     assert calls == ["dispatch", "plan", "resend"]
 
 
+@pytest.mark.gpu
 def test_budget_beyond_the_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_sms \(100000\) must be from 1 to \d+"):
         Budget.of(torch.device("cuda", 0), 100_000)

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from cuda_on_cpu import needs_gxx
 from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
 from moeweave.comm.onesided_launch import Budget, OneSidedError
 from moeweave.comm.watchdog import watch
 from moeweave.kernels_ext.onesided import EPOCHS, KINDS, MAX_BLOCKS, reference
-from onesided_cases import Case, Inputs, check_dispatch, dispatched, experts, poison, round_trip, setup
-from virtual_ranks import Streams
+from onesided_cases import (
+    Case,
+    Inputs,
+    Ranks,
+    check_dispatch,
+    dispatched,
+    experts,
+    on_devices,
+    on_devices_of,
+    poison,
+    round_trip,
+    setup,
+    synchronize,
+)
 
-pytestmark = pytest.mark.gpu
 
-
-def combined(engines: list[CudaEngine], streams: Streams, arrived: list[CudaArrived]) -> list[Tensor]:
+def combined(engines: list[CudaEngine], streams: Ranks, arrived: list[CudaArrived]) -> list[Tensor]:
     """The rows as they arrived, weighted and summed."""
     return streams.run(lambda r: engines[r].combine(arrived[r].rows_RD, arrived[r].weights_R, arrived[r].moves))
 
 
-def test_overflow_is_counted_and_dropped() -> None:
-    case, room = Case(exact=True), 40
+@on_devices
+def test_overflow_is_counted_and_dropped(device: str) -> None:
+    case, room = Case(exact=True, device=device), 40
     engines, streams = setup(case)
     inputs = Inputs.of(case)
     arrived = streams.run(
         lambda rank: engines[rank].dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], capacity=room)
     )
-    torch.cuda.synchronize()
+    synchronize(case)
     kept = []
     for rank, got in enumerate(arrived):
         rows, weights, ends = reference.dispatch(inputs.xs, inputs.ids, inputs.weights, case.num_experts, rank)
@@ -57,23 +68,18 @@ def test_overflow_is_counted_and_dropped() -> None:
         assert all(map(torch.equal, got_y, want))
 
 
-def test_plan_tells_the_exact_number_of_rows() -> None:
-    case = Case(routing="holes")
+@on_devices
+def test_plan_tells_the_exact_number_of_rows(device: str) -> None:
+    case = Case(routing="holes", device=device)
     engines, streams = setup(case)
-
-    def call(rank: int) -> int:
-        with torch.cuda.stream(streams.streams[rank]):
-            return engines[rank].plan(inputs.ids[rank])
-
     for seed in range(3):
         inputs = Inputs.of(case, seed)
-        torch.cuda.synchronize()
-        with ThreadPoolExecutor(case.world) as pool:
-            got = list(pool.map(call, range(case.world)))
+        got = streams.run_waiting(lambda rank, inputs=inputs: engines[rank].plan(inputs.ids[rank]))
         want = [int(reference.rows_of_routes(inputs.ids, case.num_experts, rank)[1][-1]) for rank in range(case.world)]
         assert got == want
 
 
+@pytest.mark.gpu
 def test_graph_replays_with_other_routing() -> None:
     case = Case(tokens=(64, 20, 64, 3), routing="spread")
     engines, streams = setup(case)
@@ -105,8 +111,9 @@ def test_graph_replays_with_other_routing() -> None:
         engine.launcher.check()
 
 
-def test_epochs_wrap() -> None:
-    case = Case()
+@on_devices
+def test_epochs_wrap(device: str) -> None:
+    case = Case(device=device)
     engines, streams = setup(case)
     for engine in engines:
         engine.launcher.state[EPOCHS : EPOCHS + 2 * KINDS * MAX_BLOCKS] = -3
@@ -117,6 +124,7 @@ def test_epochs_wrap() -> None:
     assert int(engines[0].launcher.state[EPOCHS]) == 3
 
 
+@pytest.mark.gpu
 def test_two_engines_at_once_do_not_interfere() -> None:
     case = Case(tokens=(30, 64), max_tokens=64)
     budget = Budget(12, 12)
@@ -135,9 +143,16 @@ def test_two_engines_at_once_do_not_interfere() -> None:
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-@pytest.mark.parametrize("graphed", [False, True])
-def test_an_absent_rank_ends_in_an_error(operation: str, graphed: bool) -> None:
-    case = Case(tokens=(16, 16, 16), num_experts=12)
+@pytest.mark.parametrize(
+    "device, graphed",
+    [
+        pytest.param("cpu", False, marks=needs_gxx),
+        pytest.param("cuda", False, marks=pytest.mark.gpu),
+        pytest.param("cuda", True, marks=pytest.mark.gpu),
+    ],
+)
+def test_an_absent_rank_ends_in_an_error(operation: str, device: str, graphed: bool) -> None:
+    case = Case(tokens=(16, 16, 16), num_experts=12, device=device)
     engines, streams = setup(case, timeout=0.5)
     inputs = Inputs.of(case)
     arrived = dispatched(case, engines, streams, inputs)
@@ -148,33 +163,73 @@ def test_an_absent_rank_ends_in_an_error(operation: str, graphed: bool) -> None:
         return engines[rank].dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], capacity=200).rows_RD
 
     streams.run(step)
-    torch.cuda.synchronize()
-    streams.streams.pop(1)  # rank 1 is gone; ranks 0 and 2 go on
-    alive = {0: 0, 1: 2}
+    synchronize(case)
+    alive = (0, 2)  # rank 1 is gone
     if graphed:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = streams.run(lambda index: step(alive[index]))
+            outputs = streams.run(step, alive)
         graph.replay()
     else:
-        outputs = streams.run(lambda index: step(alive[index]))
-    torch.cuda.synchronize()
+        outputs = streams.run(step, alive)
+    synchronize(case)
     for output in outputs:
         assert output.isnan().all()
-    for rank in (0, 2):
+    for rank in alive:
         with pytest.raises(OneSidedError, match=rf"rank {rank} of 3: {operation} waited 0.5 s for the .* of rank 1"):
             engines[rank].launcher.check()
         with pytest.raises(OneSidedError):
             step(rank)
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_many_random_rounds(world: int) -> None:
-    case = Case(tokens=(48,) * world, num_experts=8 * world, top_k=6, width=128, max_tokens=48)
+@on_devices
+def test_a_sender_that_gives_up_spoils_what_has_arrived(device: str) -> None:
+    """Rank 0's tokens stay at home, so that all of their rows are there; only its senders wait for rank 1."""
+    case = Case(tokens=(64, 64), device=device)
+    engines, streams = setup(case, timeout=0.5)
+    inputs = Inputs.of(case)
+    inputs.ids = [ids % 8 + 8 * rank for rank, ids in enumerate(inputs.ids)]
+    arrived = dispatched(case, engines, streams, inputs)
+    combined(engines, streams, arrived)
+    synchronize(case)
+    [y] = streams.run(lambda r: engines[r].combine(arrived[r].rows_RD, arrived[r].weights_R, arrived[r].moves), [0])
+    synchronize(case)
+    assert y.isnan().all()
+    with pytest.raises(OneSidedError, match=r"combine waited 0.5 s for the acknowledgement .* of rank 1"):
+        engines[0].launcher.check()
+
+
+@on_devices
+def test_launches_behind_a_failed_one_give_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch and a combine of the same epoch, both launched before the host could see the failure."""
+    case = Case(tokens=(16, 16), device=device)
+    engines, streams = setup(case, timeout=0.5)
+    inputs = Inputs.of(case)
+    arrived = dispatched(case, engines, streams, inputs)
+    combined(engines, streams, arrived)
+    synchronize(case)
+    monkeypatch.setattr(engines[0].launcher, "check", lambda: None)
+
+    def step(rank: int) -> tuple[Tensor, Tensor]:
+        again = engines[rank].dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], capacity=200)
+        return again.rows_RD, engines[rank].combine(arrived[rank].rows_RD, arrived[rank].weights_R, arrived[rank].moves)
+
+    [(rows, y)] = streams.run(step, [0])  # rank 1 is gone
+    synchronize(case)
+    assert rows.isnan().all()
+    assert y.isnan().all()
+
+
+ROUNDS = {"cpu": 12, "cuda": 700}
+
+
+@on_devices_of("world", [2, 4, 8], lambda world: world == 4)
+def test_many_random_rounds(world: int, device: str) -> None:
+    case = Case(tokens=(48,) * world, num_experts=8 * world, top_k=6, width=128, max_tokens=48, device=device)
     engines, streams = setup(case)
-    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    bad = torch.zeros((), dtype=torch.int64, device=device)
     g = torch.Generator().manual_seed(world)
-    for seed in range(700):
+    for seed in range(ROUNDS[device]):
         tokens = tuple(torch.randint(0, 49, (world,), generator=g).tolist())
         now = replace(case, tokens=tokens, routing=("spread", "holes", "holes")[seed % 3])
         inputs = Inputs.of(now, seed)
@@ -193,21 +248,21 @@ def test_many_random_rounds(world: int) -> None:
         engine.launcher.check()
 
 
+@pytest.mark.gpu
 def test_the_watchdog_raises_while_only_graphs_are_replayed() -> None:
     case = Case(tokens=(16, 16, 16), num_experts=12)
     engines, streams = setup(case, timeout=0.5)
     inputs = Inputs.of(case)
     dispatched(case, engines, streams, inputs)
     torch.cuda.synchronize()
-    streams.streams.pop(1)  # rank 1 is gone
-    graph, alive = torch.cuda.CUDAGraph(), {0: 0, 1: 2}
+    graph = torch.cuda.CUDAGraph()
 
-    def step(index: int) -> CudaArrived:
+    def step(rank: int) -> CudaArrived:
         given = inputs.xs, inputs.ids, inputs.weights
-        return engines[alive[index]].dispatch(*(each[alive[index]] for each in given), capacity=200)
+        return engines[rank].dispatch(*(each[rank] for each in given), capacity=200)
 
     with torch.cuda.graph(graph):
-        streams.run(step)
+        streams.run(step, (0, 2))  # rank 1 is gone
     watch(engines[0].launcher, grace=0.2)
 
     def replay(seconds: float) -> None:
@@ -220,6 +275,7 @@ def test_the_watchdog_raises_while_only_graphs_are_replayed() -> None:
         replay(20)
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_ten_thousand_rounds() -> None:
     """Random sizes and routings. Every sum is exact in these numbers: a result is its token times the weights' sum."""

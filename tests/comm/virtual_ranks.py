@@ -7,7 +7,8 @@ missing. On one GPU this is how the protocol is tested; ranks of their own proce
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from moeweave.comm.onesided_cuda import CudaEngine
 from moeweave.comm.onesided_launch import Budget
+from moeweave.comm.onesided_runtime import CudaRuntime
 from moeweave.comm.windows_cuda import WindowMap
+from moeweave.kernels_ext.onesided import Variants
 
 # Streams that share a hardware queue would run one after the other, and the first would wait for the second for ever.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -32,7 +35,9 @@ class VirtualWindow:
     memory: Tensor
 
 
-def virtual_engines(window_map: WindowMap, *, timeout: float = 10.0, budget: Budget | None = None) -> list[CudaEngine]:
+def virtual_engines(
+    window_map: WindowMap, *, timeout: float = 10.0, budget: Budget | None = None, variants: Variants = ()
+) -> list[CudaEngine]:
     device = torch.device("cuda", 0)
     windows = [torch.zeros(window_map.num_bytes, dtype=torch.uint8, device=device) for _ in range(window_map.size)]
     peers = torch.tensor([window.data_ptr() for window in windows], dtype=torch.int64, device=device)
@@ -41,9 +46,12 @@ def virtual_engines(window_map: WindowMap, *, timeout: float = 10.0, budget: Bud
     budget = budget or Budget(sms // window_map.size, sms // window_map.size)
     _load_torch_kernels(device)
     return [
-        CudaEngine(VirtualWindow(rank, window_map.size, peers, window), window_map, timeout=timeout, budget=budget)
+        CudaEngine(
+            VirtualWindow(rank, window_map.size, peers, window), window_map, timeout=timeout, budget=budget,
+            runtime=CudaRuntime(device, variants),
+        )
         for rank, window in enumerate(windows)
-    ]
+    ]  # fmt: skip
 
 
 def _load_torch_kernels(device: torch.device) -> None:
@@ -58,12 +66,25 @@ class Streams:
     def __init__(self, size: int) -> None:
         self.streams = [torch.cuda.Stream() for _ in range(size)]
 
-    def run(self, call: Callable[[int], T]) -> list[T]:
+    def run(self, call: Callable[[int], T], ranks: Sequence[int] | None = None) -> list[T]:
+        """Of all ranks, or of these."""
         main, results = torch.cuda.current_stream(), []
-        for rank, stream in enumerate(self.streams):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
+        used = range(len(self.streams)) if ranks is None else ranks
+        for rank in used:
+            self.streams[rank].wait_stream(main)
+            with torch.cuda.stream(self.streams[rank]):
                 results.append(call(rank))
-        for stream in self.streams:
-            main.wait_stream(stream)
+        for rank in used:
+            main.wait_stream(self.streams[rank])
         return results
+
+    def run_waiting(self, call: Callable[[int], T]) -> list[T]:
+        """Calls that wait for the device, and so for each other."""
+
+        def on_stream(rank: int) -> T:
+            with torch.cuda.stream(self.streams[rank]):
+                return call(rank)
+
+        torch.cuda.synchronize()
+        with ThreadPoolExecutor(len(self.streams)) as pool:
+            return list(pool.map(on_stream, range(len(self.streams))))

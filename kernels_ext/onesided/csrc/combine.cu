@@ -3,6 +3,7 @@
 // Prereduced: the experts' rank sums a token's rows in fp32 in increasing k and pushes one row back into the slot the
 // token came in; the token's rank sums the ranks' rows in fp32 by rank. With EXACT a row a route travels, unweighted, and
 // the token's rank sums all of them in increasing k. Without WEIGHTED the weights are ones (the backward of dispatch).
+// With SUM_HOME the rows of this rank's own experts are summed where the ranks' rows are, and rounded as if they had travelled.
 // Products and sums are rounded one by one, as PyTorch's are. Blocks [0, senders) push, the others sum as rows arrive.
 
 struct CodedUnit {
@@ -14,7 +15,7 @@ struct CodedUnit {
 template <bool WIRE>
 struct Source {
     using Unit = uint4;
-    static __device__ __forceinline__ uint4 load(u64 row, int dim, int unit) { return load16(row + unit * 16); }
+    static __device__ __forceinline__ uint4 load(u64 row, int dim, int unit) { return WIRE ? load16(row + unit * 16) : load16_once(row + unit * 16); }
     static __device__ __forceinline__ void values(uint4 unit, float* v) { unpack(unit, v); }
 };
 
@@ -37,14 +38,18 @@ DEVICE void add_unit(float* sum, typename Source<WIRE>::Unit unit, float scale) 
     for (int i = 0; i < UNIT; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(scale, v[i]));
 }
 
-// Weighted sum of the rows that lanes name: `live` lanes, `row` index of each, from wire rows or model rows at `base`.
-// Units first, first + 32, ... of DEPTH.
-template <int DEPTH, bool WIRE>
-DEVICE void sum_rows(u64 base, u64 stride, u32 live, int row, float weight, int dim, int first, int last, float (*sum)[UNIT]) {
+template <int DEPTH>
+DEVICE void clear(float (*sum)[UNIT]) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) sum[d][i] = 0.f;
+}
+
+// Add the weighted rows that lanes name: `live` lanes, `row` index of each, from wire rows or model rows at `base`.
+// Units first, first + 32, ... of DEPTH.
+template <int DEPTH, bool WIRE>
+DEVICE void add_rows(u64 base, u64 stride, u32 live, int row, float weight, int dim, int first, int last, float (*sum)[UNIT]) {
     // Two rows at a time: twice the loads in flight.
     while (live) {
         const int one = __ffs(live) - 1;
@@ -74,7 +79,14 @@ DEVICE void sum_rows(u64 base, u64 stride, u32 live, int row, float weight, int 
     }
 }
 
-constexpr int SUM_DEPTH = CODED ? 2 : 3;
+template <int DEPTH, bool WIRE>
+DEVICE void sum_rows(u64 base, u64 stride, u32 live, int row, float weight, int dim, int first, int last, float (*sum)[UNIT]) {
+    clear<DEPTH>(sum);
+    add_rows<DEPTH, WIRE>(base, stride, live, row, weight, dim, first, last, sum);
+}
+
+// Units that a lane sums at a time.
+constexpr int SUM_DEPTH = CODED ? 2 : MW_SUM_DEPTH;
 
 // A sum as a row of the model's dtype has it: what is encoded is what would travel without a codec.
 DEVICE void round_unit(float* v) { unpack(pack(v), v); }
@@ -155,23 +167,27 @@ struct Batch {
 };
 
 // The n-th chunk that this block pushes, and the rank it goes to. The ranks of a chunk are neighbours, in an order that
-// differs between chunks: else a block would have the same rank each time, and the blocks of this rank's own no link to wait for.
+// differs between chunks: else a block would have the same rank each time, and the blocks of this rank's own no link to wait
+// for. This rank is the last of `homes`, or not among them.
 struct Destination {
     int chunk, home;
     u64 cell;
 };
 
+// Ranks that rows are pushed to.
+DEVICE int homes(const Params& p) { return SUM_HOME && !(p.flags & EXACT) ? p.world - 1 : p.world; }
+
 DEVICE int home_of(const Params& p, int i, int chunk) {
-    return (int)((i + ((u32)chunk * 0x9e3779b1u >> 24) + p.rank + 1) % p.world);
+    return (int)((i + ((u32)chunk * 0x9e3779b1u >> 24)) % homes(p) + p.rank + 1) % p.world;
 }
 
 DEVICE Destination destination(const Params& p, const u64* peers, int n) {
-    const int i = blockIdx.x + n * p.senders, chunk = i / p.world, home = home_of(p, i, chunk);
+    const int i = blockIdx.x + n * p.senders, chunk = i / homes(p), home = home_of(p, i, chunk);
     return {chunk, home, peers[home] + p.at_cells + ((u64)p.rank * p.num_chunks + chunk) * 8};
 }
 
 DEVICE int range_of(const Params& p, int n) {
-    const int i = blockIdx.x + n * p.senders, chunk = i / p.world;
+    const int i = blockIdx.x + n * p.senders, chunk = i / homes(p);
     return ((const int*)p.chunks)[(i64)home_of(p, i, chunk) * p.num_chunks + chunk];
 }
 
@@ -196,23 +212,24 @@ DEVICE void open_batch(const Params& p, const u64* peers, Batch& batch, int firs
 DEVICE void close_row(int* left, u64 cell, u32 epoch) {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
-    asm volatile("fence.acq_rel.cta;" ::: "memory");
+    fence_block();
     if (atomicSub(left, 1) == 1) publish(cell, epoch, 0);
 }
 
-DEVICE void push_results(const Params& p, uint4* shared, const Round& round) {
+// False after a failure, on all threads of the block.
+DEVICE bool push_results(const Params& p, uint4* shared, const Round& round) {
     __shared__ u64 peers[MAX_RANKS];
     __shared__ Batch batch;
     for (int w = threadIdx.x; w < p.world; w += blockDim.x) peers[w] = peer(p, w);
     const int warp = threadIdx.x / 32, parts = p.sender_parts;
-    const int mine = (p.num_chunks * p.world - (int)blockIdx.x + p.senders - 1) / p.senders;
+    const int mine = (p.num_chunks * homes(p) - (int)blockIdx.x + p.senders - 1) / p.senders;
     const Span span = span_of(p.dim, warp % parts, parts);
-    if (mine <= 0) return;
+    if (mine <= 0) return true;
     int count = min(MAX_BATCH, mine);
     set_batch(p, batch, count, threadIdx.x < count ? range_of(p, threadIdx.x) : 0);
     __syncthreads();
     const u32 epoch = round.epoch;
-    if (__syncthreads_or(round.dead || !is_acknowledged(p, epoch - 1))) return;
+    if (__syncthreads_or(round.dead || !is_acknowledged(p, epoch - 1))) return false;
     for (int first = 0;;) {
         open_batch(p, peers, batch, first, count, epoch);
         __syncthreads();
@@ -224,7 +241,7 @@ DEVICE void push_results(const Params& p, uint4* shared, const Round& round) {
             close_row(&batch.left[i], to.cell, epoch);
         }
         first += MAX_BATCH;
-        if (first >= mine) return;
+        if (first >= mine) return true;
         __syncthreads();
         count = min(MAX_BATCH, mine - first);
         set_batch(p, batch, count, threadIdx.x < count ? range_of(p, first + threadIdx.x) : 0);
@@ -232,15 +249,58 @@ DEVICE void push_results(const Params& p, uint4* shared, const Round& round) {
     }
 }
 
+// The rows that this rank's own experts made of a token: in the first K lanes row and weight of a route.
+struct OwnRows {
+    u32 live;
+    int row;
+    float weight;
+};
+
+// `own` is the lane whose entry names this rank.
+DEVICE OwnRows own_rows(const Params& p, int entry, int own) {
+    const int lane = threadIdx.x % 32, slot = __shfl_sync(ALL, entry, own) & 0xffffff;
+    const int row = lane < K ? ((const int*)p.route_row)[((i64)p.rank * p.max_tokens + slot) * K + lane] : -1;
+    return {__ballot_sync(ALL, row >= 0), row, row >= 0 && p.flags & WEIGHTED ? ((const float*)p.row_weights)[row] : 1.f};
+}
+
+// Sum of the ranks' rows in increasing rank; `own` is the lane of this rank, whose row is made here.
+DEVICE void sum_with_own(const Params& p, const OwnRows& mine, u32 live, int own, int row, int first, int last, float (*sum)[UNIT]) {
+    uint4 made[SUM_DEPTH];
+    sum_rows<SUM_DEPTH, false>(p.rows, p.dim / UNIT * 16, mine.live, mine.row, mine.weight, p.dim, first, last, sum);
+#pragma unroll
+    for (int d = 0; d < SUM_DEPTH; ++d) made[d] = pack(sum[d]);
+    const u32 before = live & ((1u << own) - 1);
+    const u64 base = p.window + p.at_rows;
+    sum_rows<SUM_DEPTH, true>(base, p.row_stride, before, row, 1.f, p.dim, first, last, sum);
+#pragma unroll
+    for (int d = 0; d < SUM_DEPTH; ++d) {
+        float v[UNIT];
+        unpack(made[d], v);
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) sum[d][i] = __fadd_rn(sum[d][i], v[i]);
+    }
+    add_rows<SUM_DEPTH, true>(base, p.row_stride, live & ~before & ~(1u << own), row, 1.f, p.dim, first, last, sum);
+}
+
+// Does each rank's chunk with a row of the token have come? In its first K lanes the token's `sent`.
+DEVICE bool rows_are_here(const Params& p, int chunk, int entry, bool comes, u32 epoch) {
+    u64 value;
+    const u64 cell = p.window + p.at_cells + ((u64)(entry >> 24) * p.num_chunks + chunk) * 8;
+    const bool here = !comes || wait_for(p, cell, epoch, WAIT_ROWS, entry >> 24, &value);
+    const bool all = __all_sync(ALL, here);
+    __syncwarp();  // what each lane acquired is now visible to the warp; a vote alone orders no memory
+    return all;
+}
+
 // Part of a token's result. Lanes hold its ranks (or with EXACT its routes); waits for the chunk of each of its ranks.
 DEVICE bool sum_token(const Params& p, int chunk, int token, int part, u32 epoch) {
     const int lane = threadIdx.x % 32;
     const int entry = lane < K ? ((const int*)p.sent)[(i64)token * K + lane] : -1;
-    u64 value;
-    const u64 cell = p.window + p.at_cells + ((u64)(entry >> 24) * p.num_chunks + chunk) * 8;
-    const bool here = entry < 0 || wait_for(p, cell, epoch, WAIT_ROWS, entry >> 24, &value);
-    if (!__all_sync(ALL, here)) return false;
-    __syncwarp();  // what each lane acquired is now visible to the warp; a vote alone orders no memory
+    const bool at_home = SUM_HOME && !(p.flags & EXACT) && entry >= 0 && entry >> 24 == p.rank;
+    const int own = __ffs(__ballot_sync(ALL, at_home)) - 1;
+    OwnRows mine = {};
+    if (SUM_HOME && own >= 0) mine = own_rows(p, entry, own);
+    if (!rows_are_here(p, chunk, entry, entry >= 0 && !at_home, epoch)) return false;
     bool routed = entry >= 0;
     int row = (entry >> 24) * p.max_tokens + (entry & 0xffffff);
     float weight = 1.f;
@@ -252,7 +312,10 @@ DEVICE bool sum_token(const Params& p, int chunk, int token, int part, u32 epoch
     const Span span = span_of(p.dim, part, p.receiver_parts);
     for (int start = span.first; start < span.last; start += SUM_DEPTH * 32) {
         float sum[SUM_DEPTH][UNIT];
-        sum_rows<SUM_DEPTH, true>(p.window + p.at_rows, p.row_stride, live, row, weight, p.dim, start + lane, span.last, sum);
+        if (SUM_HOME && own >= 0)
+            sum_with_own(p, mine, live, own, row, start + lane, span.last, sum);
+        else
+            sum_rows<SUM_DEPTH, true>(p.window + p.at_rows, p.row_stride, live, row, weight, p.dim, start + lane, span.last, sum);
 #pragma unroll
         for (int d = 0; d < SUM_DEPTH; ++d)
             if (start + lane + d * 32 < span.last)
@@ -272,64 +335,22 @@ DEVICE bool sum_results(const Params& p, int block, const Round& round) {
     return true;
 }
 
+DEVICE void spoil_sums(const Params& p, u32 epoch) {
+    spoil(p, epoch, [&](u32 piece) { fill_nan(p.x, (u64)p.num_tokens * (p.dim / UNIT) * 16, piece); });
+}
+
 extern "C" __global__ void __launch_bounds__(384, 2) moeweave_combine(const __grid_constant__ Params p) {
-    extern __shared__ uint4 kept[];
     __shared__ Round round;
     if (blockIdx.x < p.senders) {
         begin(p, round, SENT, blockIdx.x);
-        push_results(p, kept, round);
-        return end(p, SENT, blockIdx.x, round.epoch);
+        const bool good = push_results(p, dynamic_shared, round);
+        end(p, SENT, blockIdx.x, round.epoch);
+        if (!good) spoil_sums(p, round.epoch);
+        return;
     }
     const int block = blockIdx.x - p.senders;
     begin(p, round, RECEIVED, block);
     const bool bad = __syncthreads_or(!sum_results(p, block, round));
     end(p, RECEIVED, block, round.epoch);
-    if (!bad) return;
-    spoil(p, round.epoch, [&](u32 piece) { fill_nan(p.x, (u64)p.num_tokens * (p.dim / UNIT) * 16, piece); });
-}
-
-// All products have reached the tokens' ranks: the dispatch that sent them has ended.
-DEVICE void publish_dots(const Params& p, u32 epoch) {
-    for (int w = threadIdx.x; w < p.world; w += blockDim.x) publish(peer(p, w) + p.at_flags + p.rank * 8, epoch, 0);
-}
-
-// After a dispatch with GRADIENT: the products that came home -> grad_weights [T, K], zeros where not routed.
-extern "C" __global__ void __launch_bounds__(512) moeweave_weight_gradients(const __grid_constant__ Params p) {
-    const u32 epoch = *epoch_of(p, p.kind, RECEIVED, 0);
-    if (blockIdx.x == 0 && !failed(p)) publish_dots(p, epoch);
-    const bool good = !__syncthreads_or(failed(p)) && wait_for_ranks(p, p.window + p.at_flags, epoch, WAIT_DOTS);
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.num_tokens * K; i += gridDim.x * blockDim.x) {
-        const int id = expert_id(p, i), rank = id < 0 ? -1 : rank_of(p, id);
-        u32 gradient = good ? 0 : ALL;
-        for (int j = 0; good && rank >= 0 && j < K; ++j) {
-            const int entry = ((const int*)p.sent)[(i64)(i / K) * K + j];
-            if (entry >= 0 && entry >> 24 == rank)
-                gradient = load4(p.window + p.at_dots + (((u64)rank * p.max_tokens + (entry & 0xffffff)) * K + i % K) * 4);
-        }
-        store4(p.grad_weights + (u64)i * 4, gradient);
-    }
-}
-
-// Exchange of counts alone, one block: `offsets`, and the number of rows that will arrive to the host (report[6]).
-extern "C" __global__ void __launch_bounds__(512) moeweave_plan(const __grid_constant__ Params p) {
-    extern __shared__ int shared[];
-    __shared__ Layout layout;
-    __shared__ u64 peers[MAX_RANKS];
-    const u32 epoch = *epoch_of(p, p.kind, SENT, 0) + 1;
-    int id[K] = {};
-    if (threadIdx.x < p.num_tokens) load_experts(p, threadIdx.x, id);
-    for (int w = threadIdx.x; w < p.world; w += blockDim.x) peers[w] = peer(p, w);
-    clear_counts(p, layout, shared, shared);
-    __syncthreads();
-    count_before(p, layout, shared, shared, p.num_tokens, id);
-    bool good = !__syncthreads_or(failed(p));
-    if (good) acknowledge(p);
-    good = good && !__syncthreads_or(!is_acknowledged(p, epoch - 1));
-    if (good) send_counts(p, peers, shared, epoch);
-    good = good && wait_for_ranks(p, p.window + p.at_flags, epoch, WAIT_COUNTS);
-    if (good) expert_bases(p, shared, p.window + p.at_counts, true);
-    __syncthreads();
-    if (threadIdx.x == 0) ((volatile u64*)p.report)[6] = good ? ((int*)p.offsets)[p.num_local - 1] : 0;
-    end(p, SENT, 0, epoch);
-    end(p, RECEIVED, 0, epoch);
+    if (bad) spoil_sums(p, round.epoch);
 }

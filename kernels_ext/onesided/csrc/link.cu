@@ -12,15 +12,7 @@
 //
 // Legend: W ranks, K routes a token, e experts of a rank, D width of a row.
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-#define DEVICE static __device__ __forceinline__
-
 constexpr int MAX_RANKS = 64;
-constexpr u32 ALL = 0xffffffff;
 
 // Read by kernels_ext/onesided/__init__.py, which makes the same structure of it. Addresses are of this rank's memory, `at_*` are offsets
 // into any rank's window.
@@ -73,57 +65,12 @@ DEVICE u32* epoch_of(const Params& p, int kind, Role role, int block) {
 DEVICE u64 peer(const Params& p, int rank) { return ((const u64*)p.peers)[rank]; }
 DEVICE int warps() { return blockDim.x / 32; }
 
-DEVICE u64 load_acquire(u64 at) {
-    u64 value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
-    return value;
-}
-
-DEVICE u32 load_relaxed(const u32* at) {
-    u32 value;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
-}
-
-// A release: the fence and the store behind it. Call after __syncthreads, and it covers the stores of the whole block, not
-// only this thread's. (`st.release` instead would bring a second fence.)
-DEVICE void publish(u64 at, u32 epoch, u32 value) {
-    asm volatile("fence.acq_rel.sys;\n\tst.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"((u64)epoch << 32 | value)
-                 : "memory");
-}
-
-// 16 bytes, not kept in L1: windows are written by peers, and rows are read once. Never `.nc`: windows change.
-DEVICE uint4 load16(u64 at) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
-    return v;
-}
-
-DEVICE void store16(u64 at, uint4 v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-DEVICE u32 load4(u64 at) {
-    u32 v;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-
-DEVICE void store4(u64 at, u32 v) { asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory"); }
-
-DEVICE u64 now() {
-    u64 time;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-    return time;
-}
-
 // The first failure of a rank is the one reported: kind of operation, wait, the rank waited for, and who says so.
 static __device__ __noinline__ void fail(const Params& p, u32 kind, u32 wait, u32 awaited, u32 reporter, bool broadcast) {
     if (atomicCAS((u32*)p.state + FAILED, 0u, 1u) != 0) return;
     volatile u64* report = (volatile u64*)p.report;
     report[1] = kind, report[2] = wait, report[3] = awaited, report[4] = reporter;
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    fence_system();
     report[0] = 1;
     if (!broadcast) return;
     for (int w = 0; w < p.world; ++w)
@@ -207,8 +154,8 @@ DEVICE void begin(const Params& p, Round& round, Role role, int block) {
 DEVICE void end(const Params& p, Role role, int block, u32 epoch) {
     __syncthreads();
     if (threadIdx.x != 0) return;
-    if (role == RECEIVED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(epoch_of(p, p.kind, role, block)), "r"(epoch) : "memory");
+    if (role == RECEIVED) fence_device();
+    store_relaxed(epoch_of(p, p.kind, role, block), epoch);
 }
 
 constexpr int PIECES = 1024;
@@ -216,12 +163,21 @@ constexpr int PIECES = 1024;
 // Pieces of this launch's results, each to one of the blocks that failed.
 DEVICE u32 next_piece(const Params& p, u32 epoch) {
     u64* ticket = (u64*)((u32*)p.state + TICKET);
-    const u64 launch = (u64)epoch << 32;
+    const u64 launch = (u64)(epoch << 2 | (u32)p.kind) << 32;  // a dispatch and a combine have the same epochs
     for (u64 seen = *(volatile u64*)ticket;;) {
-        const u64 mine = seen >> 32 == epoch ? seen : launch, found = atomicCAS(ticket, seen, mine + 1);
+        const u64 mine = seen >> 32 == launch >> 32 ? seen : launch, found = atomicCAS(ticket, seen, mine + 1);
         if (found == seen) return (u32)mine;
         seen = found;
     }
+}
+
+// The same for all threads of a block.
+DEVICE u32 piece_of_block(const Params& p, u32 epoch) {
+    __shared__ u32 piece;
+    __syncthreads();
+    if (threadIdx.x == 0) piece = next_piece(p, epoch);
+    __syncthreads();
+    return piece;
 }
 
 DEVICE void fill_nan(u64 at, u64 bytes, u32 piece) {
@@ -232,18 +188,15 @@ DEVICE void fill_nan(u64 at, u64 bytes, u32 piece) {
         for (u64 i = units * 16 + threadIdx.x * 4; i + 4 <= bytes; i += blockDim.x * 4) store4(at + i, ALL);
 }
 
-// By the blocks that failed, after the others have ended (each within its own deadline): results that nobody may take for
+// By the blocks that failed, senders too, after the receivers have ended (each within its own deadline): results that nobody may take for
 // numbers. `fill(piece)` is called with every piece once.
 template <typename Fill>
 DEVICE void spoil(const Params& p, u32 epoch, Fill fill) {
-    __shared__ u32 piece;
     for (int block = threadIdx.x; block < p.receivers; block += blockDim.x)
         while (load_relaxed(epoch_of(p, p.kind, RECEIVED, block)) != epoch) {}
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    fence_device();
     for (;;) {
-        __syncthreads();
-        if (threadIdx.x == 0) piece = next_piece(p, epoch);
-        __syncthreads();
+        const u32 piece = piece_of_block(p, epoch);
         if (piece >= PIECES) return;
         fill(piece);
     }

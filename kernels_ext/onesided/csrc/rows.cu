@@ -8,13 +8,9 @@
 
 constexpr int UNIT = MW_DTYPE == 2 ? 4 : 8, K = MW_TOPK, GROUP = MW_GROUP;
 constexpr bool CODED = MW_CODEC != 0;
+// Rows between tokens and experts of one rank do not pass through its window. Coded ones do: the code rounds them.
+constexpr bool EXPAND_HOME = MW_EXPAND_HOME && !CODED, SUM_HOME = MW_SUM_HOME && !CODED;
 constexpr float MOST = MW_CODEC == 1 ? 127.f : MW_CODEC == 2 ? 448.f : 57344.f;
-
-DEVICE float from_half(u32 bits, int high) {
-    float value;
-    asm("{.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %1;\n\tcvt.f32.f16 %0, lo;}" : "=f"(value) : "r"(high ? bits >> 16 : bits));
-    return value;
-}
 
 DEVICE void unpack(uint4 unit, float* v) {
     const u32 words[4] = {unit.x, unit.y, unit.z, unit.w};
@@ -27,12 +23,7 @@ DEVICE void unpack(uint4 unit, float* v) {
 }
 
 DEVICE u32 pack_pair(float low, float high) {
-    u32 word;
-    if (MW_DTYPE == 0)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
+    return MW_DTYPE == 0 ? to_bf16x2(low, high) : to_f16x2(low, high);
 }
 
 DEVICE uint4 pack(const float* v) {
@@ -43,18 +34,8 @@ DEVICE uint4 pack(const float* v) {
 }
 
 DEVICE u32 encode_pair(float low, float high) {
-    unsigned short two;
-    if (MW_CODEC == 1) {
-        int a, b;
-        asm("cvt.rni.s32.f32 %0, %1;" : "=r"(a) : "f"(low));
-        asm("cvt.rni.s32.f32 %0, %1;" : "=r"(b) : "f"(high));
-        return (a & 255) | (b & 255) << 8;
-    }
-    if (MW_CODEC == 2)
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
-    return two;
+    if (MW_CODEC == 1) return (round_to_int(low) & 255) | (round_to_int(high) & 255) << 8;
+    return MW_CODEC == 2 ? to_e4m3x2(low, high) : to_e5m2x2(low, high);
 }
 
 DEVICE void decode_pair(u32 codes, float* v) {
@@ -62,11 +43,7 @@ DEVICE void decode_pair(u32 codes, float* v) {
         v[0] = (float)(signed char)(codes & 255), v[1] = (float)(signed char)(codes >> 8 & 255);
         return;
     }
-    u32 halves;
-    if (MW_CODEC == 2)
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((unsigned short)codes));
-    else
-        asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(halves) : "h"((unsigned short)codes));
+    const u32 halves = MW_CODEC == 2 ? from_e4m3x2(codes) : from_e5m2x2(codes);
     v[0] = from_half(halves, 0), v[1] = from_half(halves, 1);
 }
 
@@ -80,18 +57,14 @@ DEVICE void store_codes(u64 at, const float* v, float scale) {
         words[i / 4] |= encode_pair(clamp(v[i] / scale), clamp(v[i + 1] / scale)) << (i & 2) * 8;
     if (scale != scale) words[0] = words[1] = 0;
     if (UNIT == 8)
-        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(words[0]), "r"(words[1]) : "memory");
+        store8(at, {words[0], words[1]});
     else
         store4(at, words[0]);
 }
 
 DEVICE uint2 load_codes(u64 at) {
-    uint2 words = {0, 0};
-    if (UNIT == 8)
-        asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(at) : "memory");
-    else
-        words.x = load4(at);
-    return words;
+    if (UNIT == 8) return load8(at);
+    return {load4(at), 0};
 }
 
 DEVICE void decode(uint2 words, float scale, float* v) {
@@ -117,9 +90,9 @@ DEVICE float amax_of_parts(float most, int parts) {
     if (parts == 1) return most;
     const int warp = threadIdx.x / 32, first = warp / parts * parts, barrier = 1 + warp / parts;
     if (threadIdx.x % 32 == 0) found[warp] = most;
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(parts * 32) : "memory");
+    barrier_of(barrier, parts * 32);
     for (int i = first; i < first + parts; ++i) most = found[i] > most || found[i] != found[i] ? found[i] : most;
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(parts * 32) : "memory");
+    barrier_of(barrier, parts * 32);
     return most;
 }
 
@@ -162,7 +135,6 @@ DEVICE Span span_of(int dim, int part, int parts) {
 
 DEVICE float load_weight(u64 weights, i64 i, int type) {
     if (type == 0) return __uint_as_float(load4(weights + i * 4));
-    unsigned short half;
-    asm volatile("ld.global.u16 %0, [%1];" : "=h"(half) : "l"(weights + i * 2) : "memory");
-    return type == 1 ? __uint_as_float((u32)half << 16) : from_half(half, 0);
+    const u32 half = load2(weights + i * 2);
+    return type == 1 ? __uint_as_float(half << 16) : from_half(half, 0);
 }
