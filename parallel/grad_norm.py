@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         return _clip_by_engine(record, max_norm, norm_type)
     named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
     copies = copied_names(model)
-    slots = slots_of_replicas(model)
-    counted = [(grad, _is_rank_local(name, record), slots.get(name)) for name, grad in named if name not in copies]
-    norm = _global_norm(counted, norm_type, record)
+    slots, experts = slots_of_replicas(model), {"ep": record.mesh.group("ep")}
+    counted = [
+        (grad, sharding_groups(grad) | (experts if _is_rank_local(name, record) else {}), slots.get(name))
+        for name, grad in named
+        if name not in copies
+    ]
+    stages = record.mesh.group("pp") if record.mesh.sizes.pp > 1 else None
+    norm = global_norm(counted, norm_type, record.mesh.device, stages)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for _, grad in named:
         local = grad.to_local() if isinstance(grad, DTensor) else grad
@@ -64,20 +70,28 @@ def _is_rank_local(name: str, record: Record) -> bool:
     return any(name.startswith(f"{b.path}.") for b in record.blocks if b.kind == "modulelist")
 
 
-def _global_norm(grads: list[tuple[Tensor, bool, Slots | None]], p: float, record: Record) -> Tensor:
-    """Sum |g|^p over local shards, then over exactly the mesh axes that shard them. Of (gradient, whether it is this
-    rank's alone, slots of an expert with replicas)."""
-    device = record.mesh.device
+def global_norm(
+    grads: Sequence[tuple[Tensor, dict[str, dist.ProcessGroup], Slots | None]],
+    p: float,
+    device: torch.device,
+    stages: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Sum |g|^p over local shards, then over exactly the mesh axes that shard them. A collective.
+
+    Args:
+        grads: each with the groups that its shards are spread over, by axis (`sharding_groups`), and the slots of an
+            expert with replicas.
+        p: of the norm, or inf.
+        device: of the answer, a scalar of float32 (float64 of float64 gradients).
+        stages: ranks that hold other parameters altogether, None if there are none.
+    """
     infinite = p == float("inf")
     narrow = torch.float64 if any(grad.dtype == torch.float64 for grad, _, _ in grads) else torch.float32
     # On a CPU a sum of many float32 squares is off by 1e-3 at 20 million elements.
     wide = torch.float64 if device.type == "cpu" else narrow
     totals: dict[tuple[str, ...], Tensor] = {}
     groups: dict[tuple[str, ...], list[dist.ProcessGroup]] = {}
-    for grad, rank_local, slots in grads:
-        sharding = _sharding_groups(grad)
-        if rank_local:
-            sharding["ep"] = record.mesh.group("ep")
+    for grad, sharding, slots in grads:
         # Axis names are the same on every rank, and so is their order: the collectives below line up.
         key = tuple(sorted(sharding))
         groups[key] = list(sharding.values())
@@ -91,8 +105,8 @@ def _global_norm(grads: list[tuple[Tensor, bool, Slots | None]], p: float, recor
         for group in groups[key]:
             dist.all_reduce(part, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
         total = torch.maximum(total, part) if infinite else total + part
-    if record.mesh.sizes.pp > 1:
-        dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=record.mesh.group("pp"))
+    if stages is not None:
+        dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=stages)
     return (total if infinite else total ** (1.0 / p)).to(narrow)
 
 
@@ -111,7 +125,7 @@ def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
-def _sharding_groups(grad: Tensor) -> dict[str, dist.ProcessGroup]:
+def sharding_groups(grad: Tensor) -> dict[str, dist.ProcessGroup]:
     """Axes over which the shards of a DTensor are spread, with their groups; its replicas count once."""
     if not isinstance(grad, DTensor):
         return {}

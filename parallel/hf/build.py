@@ -219,6 +219,11 @@ def _model_class(config: Any) -> Any:
     )
 
 
+def model_class_of(config: Any) -> Any:
+    """The class of transformers that a config describes, the one its Auto classes take. Raises ValueError."""
+    return _model_class(config)._model_mapping[type(config)]
+
+
 def _check_overrides(config_class: Any, fields: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> None:
     known = _known_fields(config_class) | set(fields)
     subs = dict(_sub_configs(config_class))

@@ -15,7 +15,7 @@ from torch import nn
 
 from moeweave.parallel.agreement import CheckpointError, rank, together
 from moeweave.parallel.checkpoint_engine import whole
-from moeweave.parallel.hf.build import load_config
+from moeweave.parallel.hf.build import load_config, model_class_of
 from moeweave.parallel.hf.conversion import (
     blueprint,
     build_empty,
@@ -161,9 +161,7 @@ def _class_for(config: Any) -> Any:
     for name in config.architectures or ():
         if (kind := getattr(transformers, name, None)) is not None:
             return kind
-    from moeweave.parallel.hf.build import _model_class
-
-    return _model_class(config)._model_mapping[type(config)]
+    return model_class_of(config)
 
 
 def _refuse_quantised(folder: Path, config: Any) -> None:

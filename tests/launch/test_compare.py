@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeweave.launch.compare import CONTROL, OURS, summarise
+from moeweave.launch.compare.quickstart import CONTROL, OURS, summarise
 
 
 def test_ratio_is_the_geometric_mean_of_speeds_round_by_round():

@@ -1,4 +1,4 @@
-"""`python -m moeweave.launch.compare`: training speed beside the alternatives, on one model, in one run.
+"""`python -m moeweave.launch.compare ep|ep1`: training speed of the quickstart model beside the alternatives, in one run.
 
     ep    2 ranks: moeweave EP2 + FSDP2 against transformers' own EP2 + FSDP2 (all-to-all)
     ep1   1 rank: the wrapped model against the same model unwrapped
@@ -13,9 +13,9 @@ A ratio is the geometric mean over rounds of moeweave's tokens/s over the other'
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import nn
 import moeweave as mw
 from moeweave.kernels_ext.tolerance import TOLERANCE
 from moeweave.launch import data, runlog
+from moeweave.launch.compare.on_ranks import timed
 from moeweave.launch.compose import load
 from moeweave.launch.elastic import start_ranks
 from moeweave.launch.prepare import model_builder
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moeweave.launch.compare",
         description="Training speed on the quickstart model beside transformers' own EP, or the unwrapped model.",
-        epilog="python -m moeweave.launch.compare ep --rounds 40 --out ep.json",
+        epilog="python -m moeweave.launch.compare ep --rounds 40 --out ep.json; whole models: compare models --help",
     )
     parser.add_argument("what", choices=RANKS, help="ep: against transformers' EP, 2 ranks; ep1: unwrapped, 1 rank")
     parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds; at least 20")
@@ -101,7 +102,7 @@ def _measure(config: TrainConfig, what: str, rounds: int, folder: str) -> dict[s
     for index in track(range(rounds + 3), description=f"compare {what}", disable=mesh.rank > 0):
         batch = sampler.batch(index * config.batch_size)
         for choice in order.permutation(len(names)):
-            elapsed = _timed(steps[names[choice]], batch)
+            elapsed = timed(functools.partial(steps[names[choice]], batch), mesh.device)
             if index >= 3:  # the first rounds warm caches, allocators and FSDP's lazy set-up
                 seconds[names[choice]].append(elapsed)
     dist.destroy_process_group()
@@ -138,15 +139,6 @@ def _check(steps: dict[str, Callable[[Batch], float]], build: Callable[[], nn.Mo
         got = step(batch)
         if abs(got - want) > TOLERANCE[torch.float32] * abs(want):
             raise RuntimeError(f"{name}: loss {got} differs from the unwrapped model's {want}; nothing was timed.")
-
-
-def _timed(step: Callable[[Batch], float], batch: Batch) -> float:
-    dist.barrier()
-    started = time.perf_counter()
-    step(batch)
-    elapsed = torch.tensor(time.perf_counter() - started)
-    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-    return float(elapsed)
 
 
 # ---- figures

@@ -1,0 +1,1 @@
+"""`python -m moeweave.launch.compare`: training and prefill speed beside transformers' own expert parallelism."""
