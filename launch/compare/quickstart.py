@@ -1,4 +1,4 @@
-"""`python -m moeweave.launch.compare ep|ep1`: training speed of the quickstart model beside the alternatives, in one run.
+"""`python -m moeweave.launch.compare ep|ep1`: training speed of the quickstart model beside others, in one run.
 
     ep    2 ranks: moeweave EP2 + FSDP2 against transformers' own EP2 + FSDP2 (all-to-all)
     ep1   1 rank: the wrapped model against the same model unwrapped
