@@ -29,14 +29,16 @@ op = torch.library.custom_op
 
 def sum_routes(routes_TKD: Tensor, weights_TK: Tensor | None) -> Tensor:
     """sum_k weights[t, k] * routes[t, k] -> [T, D], fp32 accumulation in increasing k; `None` weights are ones."""
+    # Routes are widened inside the kernels that read them: a widened copy of each would be most of the traffic.
     dtype = wide(routes_TKD.dtype)
-    first = routes_TKD[:, 0].to(dtype)
-    total = first.clone() if weights_TK is None else first * weights_TK[:, 0, None].to(dtype)
+    weights_TK = None if weights_TK is None else weights_TK.to(dtype)
+    first = routes_TKD[:, 0]
+    total = first.to(dtype, copy=True) if weights_TK is None else first * weights_TK[:, 0, None]
     for k in range(1, routes_TKD.shape[1]):
         if weights_TK is None:
             total.add_(routes_TKD[:, k])
         else:
-            total.addcmul_(routes_TKD[:, k].to(dtype), weights_TK[:, k, None].to(dtype))
+            total.addcmul_(routes_TKD[:, k], weights_TK[:, k, None])
     return total.to(routes_TKD.dtype)
 
 
@@ -60,7 +62,8 @@ def from_words(words: Tensor, format: str, scale: str, width: int, dtype: torch.
 def weighted_rows(x_TD: Tensor, weights_TK: Tensor, routes_N: Tensor) -> Tensor:
     """weights[t, k] * x[t] for each route t * K + k of `routes_N`, in x's dtype."""
     weights_N1 = weights_TK.reshape(-1).index_select(0, routes_N).unsqueeze(1).to(wide(x_TD.dtype))
-    return (x_TD.index_select(0, routes_N // weights_TK.shape[1]) * weights_N1).to(x_TD.dtype)
+    rows_ND = x_TD.index_select(0, routes_N // weights_TK.shape[1])
+    return torch.mul(rows_ND, weights_N1, out=rows_ND)  # multiplied in the wider dtype and rounded, in one pass
 
 
 def grad_of_weights(grad_TD: Tensor, routes_TKD: Tensor, dtype: torch.dtype) -> Tensor:

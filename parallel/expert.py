@@ -194,8 +194,10 @@ class ExpertCall:
         if torch.compiler.is_compiling():
             return self.in_one_piece(x_TD, ids_TK, weights_TK)
         # In a lane nothing is cut; asked all the same, so that a recomputation outside of it takes the same path.
-        mine = -1 if in_lane() else x_TD.shape[0]
-        least = int(least_of_ranks(torch.tensor([mine], device=x_TD.device), "" if in_lane() else self.group))
+        if in_lane():  # on the host: reading the device would hold up every lane in every layer
+            least = int(least_of_ranks(torch.tensor([-1]), ""))
+        else:
+            least = int(least_of_ranks(torch.tensor([x_TD.shape[0]], device=x_TD.device), self.group))
         if 0 <= least < max(self.plan.overlap_min_tokens, 1):
             return self.in_one_piece(x_TD, ids_TK, weights_TK)
         num_chunks = 1 if least < 0 else self.plan.microbatches
