@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -49,23 +50,12 @@ class _Record(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """Answers with what `_Record` kept, in the same order, and tells the same span of shared sequences."""
+    """Answers with what `_Record` kept, in the same order."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()
         self.kept = kept
         self.position = 0
-        self.span = current_span()
-
-    def __enter__(self) -> Any:
-        self.position = 0
-        self.spanning = spanning(self.span)
-        self.spanning.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:  # noqa: PYI036
-        super().__exit__(*error)
-        self.spanning.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.topk.default:
@@ -91,10 +81,47 @@ class _Replay(TorchDispatchMode):
         return self.kept[self.position - 1]
 
 
+class _Around(TorchFunctionMode):
+    """Puts a dispatch mode around the calls that it looks at and around no other: around all of a layer it would cost
+    every operator microseconds of Python, and a GPU would wait for them."""
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _TOP_K or getattr(func, "namespace", None) == "moeweave":
+            with self.mode:
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_TOP_K = (torch.topk, torch.Tensor.topk)
+
+
+class _AroundAgain(_Around):
+    """`_Around` for a recomputation: from the first thing kept on, in the same span of shared sequences."""
+
+    def __init__(self, replay: _Replay) -> None:
+        super().__init__(replay)
+        self.replay = replay
+        self.span = current_span()
+
+    def __enter__(self) -> Any:
+        self.replay.position = 0
+        self.spanning = spanning(self.span)
+        self.spanning.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:  # noqa: PYI036
+        super().__exit__(*error)
+        self.spanning.__exit__(*error)
+
+
 def replay_routing() -> tuple[Any, Any]:
     """`context_fn` for torch.utils.checkpoint.checkpoint (use_reentrant=False): keep routing, recompute the rest."""
     kept: list[Any] = []
-    return _Record(kept), _Replay(kept)
+    return _Around(_Record(kept)), _AroundAgain(_Replay(kept))
 
 
 def apply_recompute(model: nn.Module, units: list[nn.Module]) -> None:
