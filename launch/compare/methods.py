@@ -109,5 +109,5 @@ def defaults(ranks: int, what: str) -> list[str]:
 
 def without_overlap(method: Method) -> tuple[MeshSizes, dict[str, Any]]:
     """Mesh and plan of the same method with nothing hidden."""
-    hides = ("overlap", "microbatches", "overlap_min_tokens", "push_share", "three_stream_form", "max_tokens")
+    hides = ("overlap", "microbatches", "overlap_min_tokens", "three_stream_form", "push_share", "push_sms", "planes")
     return method.sizes, {name: value for name, value in method.plan.items() if name not in hides}
