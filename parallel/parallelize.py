@@ -15,9 +15,11 @@ from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
 from moeweave.parallel.data_deepspeed_config import check_zero
+from moeweave.parallel.evaluation import install_evaluation
 from moeweave.parallel.expert import ExpertCall, check_codec_width, install_expert_call, shard_experts
 from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.generate import install_lockstep
+from moeweave.parallel.hf.capture import keep_recording
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh
@@ -99,6 +101,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     install_loss_hooks(core, record)
     install_prefill(core, record)
     install_lockstep(core, record)
+    install_evaluation(core, record)
+    keep_recording(core)
     if cut is not None:
         record.pipeline = Pipeline(core, cut, layout, record, num_experts)
     if core is not model:
@@ -130,6 +134,11 @@ def _find_and_check(model: nn.Module, mesh: Mesh, plan: Plan) -> list[MoEBlock]:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"{type(model).__name__} is what torch.compile returned. Wrap the model itself, and compile it afterwards, "
+            "in place, by model.compile()."
+        )
     for path, module in model.named_modules():
         parts = vars(module)
         if "_moeweave" in parts or isinstance(module, FSDPModule) or isinstance(parts.get("forward"), ExpertCall):
