@@ -86,10 +86,21 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
         return
     options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": _precision(plan), "ignored_params": apart}
     units = repeated_blocks(model, blocks)
-    _check_dtypes(model, [*units, model], apart)
     for unit in units:
         fully_shard(unit, **options)
     fully_shard(model, **options)
+    _check_dtypes_once(model, [*units, model], apart)
+
+
+def _check_dtypes_once(model: nn.Module, units: list[nn.Module], apart: AbstractSet[nn.Parameter]) -> None:
+    """In the first pass, before FSDP's own assertion: until then a model may be frozen or converted."""
+
+    @torch.compiler.disable(reason="checked once, outside of graphs")
+    def check(*_: Any) -> None:
+        _check_dtypes(model, units, apart)
+        first.remove()
+
+    first = model.register_forward_pre_hook(check, prepend=True)
 
 
 def _check_dtypes(model: nn.Module, units: list[nn.Module], apart: AbstractSet[nn.Parameter]) -> None:
@@ -105,7 +116,7 @@ def _check_dtypes(model: nn.Module, units: list[nn.Module], apart: AbstractSet[n
             raise ValueError(
                 f"{names[trained[0]]} ({trained[0].dtype}) and {names[other]} ({other.dtype}) are both trained, and "
                 "FSDP2 reduces one dtype. Convert the model first, e.g. model.float() with Plan(dtype='bfloat16'), or "
-                "freeze one of them."
+                "freeze those of one dtype."
             )
 
 

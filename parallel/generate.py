@@ -39,12 +39,15 @@ def install_lockstep(model: nn.Module, record: Record) -> None:
             voting = model.register_forward_pre_hook(lambda *_: _any_active(True, record), prepend=True)
             record.generating = True
             try:
-                with _named_by_its_source(type(model)), _one_stream_of_numbers(record.mesh):
-                    generated = own(*args, **kwargs)
+                try:
+                    with _named_by_its_source(type(model)), _one_stream_of_numbers(record.mesh):
+                        generated = own(*args, **kwargs)
+                finally:
+                    voting.remove()
+                # Ranks that still generate and those that serve them must gather the same parameters.
+                _serve_until_all_done(model, record)
             finally:
-                voting.remove()
                 record.generating = False
-            _serve_until_all_done(model, record)
             shard_again(model)
         return generated
 

@@ -155,13 +155,12 @@ def test_a_wrapped_backbone_records_hidden_states_and_router_logits(data: str) -
 
 
 def mixed_dtypes() -> None:
+    mesh = Mesh(dp=2, ep=2)
     model = build().to(torch.bfloat16)
     model.model.norm.float()
+    parallelize(model, mesh)
     with pytest.raises(ValueError, match=r"and model.norm.weight \(torch.float32\) are both trained"):
-        parallelize(model, Mesh(dp=2, ep=2))
-    model = build().to(torch.bfloat16)
-    model.model.norm.float().requires_grad_(False)
-    parallelize(model, Mesh(dp=2, ep=2))
+        forward_backward(model, hf_zoo.make_batch(NAME, mesh.rank))
 
 
 def compiled() -> None:
@@ -200,6 +199,22 @@ def no_dict() -> None:
         forward_backward(model, batch)
 
 
-@pytest.mark.parametrize("case", [mixed_dtypes, compiled, tuples, optimizers, no_dict])
+def other_seed() -> None:
+    mesh = Mesh(dp=2, ep=2)
+    model = build()
+    if mesh.rank == 1:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="the ranks were given different weights of MixtralForCausalLM"):
+        parallelize(model, mesh)
+
+
+def ddp_on_top() -> None:
+    mesh = Mesh(dp=2, ep=2)
+    with pytest.raises(ValueError, match=r"DistributedDataParallel .* would spread it once more. Train it by"):
+        nn.parallel.DistributedDataParallel(parallelize(build(), mesh))
+
+
+@pytest.mark.parametrize("case", [mixed_dtypes, compiled, tuples, optimizers, no_dict, other_seed, ddp_on_top])
 def test_refused_in_one_line(case: Callable[[], None]) -> None:
     run_ranks(2, case)
