@@ -207,7 +207,6 @@ class GradSync:
             self._attached.append((owner, name, hook))
             self.hold()
 
-    @torch.compiler.disable(reason="hooks of parameters are put on outside of graphs")
     def hold(self) -> None:
         """Put the hooks onto parameters that came without them: `model.to(dtype)` and `load_state_dict(assign=True)`
         exchange a parameter, or what is in it."""
@@ -317,7 +316,6 @@ def reduce_gradients(model: nn.Module) -> None:
     keep_gathered(model)
 
 
-@torch.compiler.disable(reason="FSDP frees parameters outside of graphs")
 def shard_again(model: nn.Module) -> None:
     """Free what passes without a backward have left gathered, so that `model.parameters()` are those that train."""
     for module in fsdp_modules(model):

@@ -22,22 +22,24 @@ def install_evaluation(model: nn.Module, record: Record) -> None:
     if not modules:
         return
     made = False
+    # Not by decorators, which would import Dynamo together with this module.
+    make_unsharded = torch.compiler.disable(_make_unsharded, reason="FSDP gathers outside of graphs")
+    free = torch.compiler.disable(shard_again, reason="FSDP frees parameters outside of graphs")
 
     def before(*_: Any) -> None:
         nonlocal made
         if torch.is_inference_mode_enabled() and not made:
-            _make_unsharded(modules)
+            make_unsharded(modules)
             made = True
 
     def after(*_: Any) -> None:
         if not (torch.is_grad_enabled() and model.training) and not record.generating:
-            shard_again(model)
+            free(model)
 
     model.register_forward_pre_hook(before, prepend=True)
     model.register_forward_hook(after)
 
 
-@torch.compiler.disable(reason="FSDP gathers outside of graphs")
 def _make_unsharded(modules: list[Any]) -> None:
     """FSDP keeps the tensors that it gathers into: made in inference mode, they could not be trained with later."""
     with torch.inference_mode(False), torch.no_grad():
