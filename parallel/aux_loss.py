@@ -31,6 +31,15 @@ def balances(model: nn.Module, batch: dict[str, Any]) -> bool:
     return bool(asked)
 
 
+def check_output(output: Any) -> None:
+    """Raise ValueError for a tuple, whose balance loss cannot be told from the rest of it to be made global."""
+    if isinstance(output, tuple):
+        raise ValueError(
+            "return_dict=False gives a tuple, in which the balance loss cannot be told from the rest. Leave it out and "
+            "call .to_tuple() on the output, or set output_router_logits=False."
+        )
+
+
 def check_routers(record: Record) -> None:
     """Raise ValueError unless the router of all experts was found: the balance loss is made of what routers return."""
     if unknown := [block.path for block in record.blocks if block.router_path is None]:
@@ -51,6 +60,7 @@ def add_balance_loss(output: Any, logits: list[Tensor], mask: Tensor | None, rec
     Args:
         logits: router logits [T, E] of each layer. mask: attention mask of the same tokens, [B, S] with B * S = T.
     """
+    check_output(output)
     zeros = logits[0].new_zeros(2 * logits[0].shape[-1] + 1, dtype=torch.float32)
     aux = balance_loss(balance_sums(logits, mask, record.top_k, zeros), record)
     if output.loss is not None:

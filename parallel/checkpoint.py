@@ -40,6 +40,7 @@ from moeweave.parallel.checkpoint_files import (
     write_manifest,
 )
 from moeweave.parallel.checkpoint_pieces import LoadPlanner, SavePlanner
+from moeweave.parallel.data import shard_again
 from moeweave.parallel.hf.boxes import Slots, whole_shape
 from moeweave.parallel.hf.conversion import blueprint, computed_buffers, is_hugging_face
 from moeweave.parallel.hf.files import is_weights_folder
@@ -102,6 +103,7 @@ def save(
     with together():
         if keep_last is not None and keep_last < 1:
             raise CheckpointError(f"keep_last ({keep_last}) must be at least 1, or None to keep all.")
+        shard_again(model)
         check_given(model, optimizer)
         own: dict[str, Tensor] = {}
         packed = pack({"extra": extra, "rng": rng_state()}, own, f"rank{rank()}", "the checkpoint's state")
@@ -152,6 +154,7 @@ def load(
             names and shapes that do not fit are listed.
     """
     folder = Path(path)
+    shard_again(model)
     if everyones(folder.is_dir() and not (folder / MANIFEST).exists() and is_weights_folder(folder))[0]:
         if optimizer is not None:
             raise CheckpointError(f"{folder} is a Hugging Face folder and has no optimizer state. Pass optimizer=None.")

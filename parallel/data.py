@@ -8,22 +8,27 @@ expert in several slots is then summed over these too (`replicas`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moeweave.parallel.adapter import MoEBlock
+from moeweave.parallel.data_ddp import replicate_dense
 from moeweave.parallel.expert import expert_list
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.replicas import ReplicaSum, replica_sums
+
+# From a new gradient to what is accumulated instead.
+Hook = Callable[[Tensor], Tensor]
 
 
 def repeated_blocks(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]:
@@ -51,14 +56,14 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
     if plan.zero_stage is not None:
         return  # DeepSpeed's engine takes the parameters in `prepare_optimizer`.
     sharded = [block for block in blocks if splits_tokens(mesh)]
-    own = {id(param): param for block in sharded for param in expert_params(block)}
+    own = {param: None for block in sharded for param in expert_params(block)}.keys()
+    homes = _homes([block.experts for block in sharded])
     # Parameters inside an experts module that all experts share (a norm after them): dense, but each rank's gradient
     # covers the rows of its own experts only, so it is summed over data ranks apart from the enclosing group.
-    shared = [p for block in sharded for p in block.experts.parameters() if id(p) not in own]
-    for param in shared:
+    apart = homes.keys() - own
+    for param in apart:
         # Ranks that share an expert's width see the same rows.
-        sync.attach(param, mesh.token_group, mesh.loss_size * mesh.sizes.etp)
-    apart = set(shared)
+        sync.attach(*homes[param], mesh.token_group, mesh.loss_size * mesh.sizes.etp)
     copies = mesh.sizes.edp * mesh.sizes.dp_replicate
     sums = replica_sums(sharded, mesh)
     if plan.data == "fsdp2" and copies > 1:
@@ -66,24 +71,62 @@ def apply_data_parallel(model: nn.Module, blocks: list[MoEBlock], mesh: Mesh, pl
             # Experts of a block that was registered are called one by one, past the list that holds them.
             units = [block.experts] if block.adapter is None else list(filter(None, expert_list(block)))
             for unit in units:
-                _fully_shard_experts(unit, set(shared), mesh, plan, sums.get(block.path))
+                _fully_shard_experts(unit, set(apart), mesh, plan, sums.get(block.path))
     else:
-        path_of = {id(param): block.path for block in sharded for param in expert_params(block)}
-        for at, param in own.items():
-            sync.attach(param, mesh.copies_group if copies > 1 else None, mesh.loss_size, sums.get(path_of[at]))
-        apart |= set(own.values())
+        path_of = {param: block.path for block in sharded for param in expert_params(block)}
+        for param in own:
+            group = mesh.copies_group if copies > 1 else None
+            sync.attach(*homes[param], group, mesh.loss_size, sums.get(path_of[param]))
+        apart |= own
     if mesh.loss_size == 1 and plan.dtype is None:
         return
     if plan.data == "ddp":
         if mesh.loss_size > 1:
-            experts = [block.experts for block in sharded]
-            # A text-only step of a vision model leaves parameters without a gradient.
-            replicate(model, ignored_modules=experts, process_group=mesh.loss_group, find_unused_parameters=True)
+            replicate_dense(model, [block.experts for block in sharded], mesh)
         return
     options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": _precision(plan), "ignored_params": apart}
-    for unit in repeated_blocks(model, blocks):
+    units = repeated_blocks(model, blocks)
+    for unit in units:
         fully_shard(unit, **options)
     fully_shard(model, **options)
+    _check_dtypes_once(model, [*units, model], apart)
+
+
+def _check_dtypes_once(model: nn.Module, units: list[nn.Module], apart: AbstractSet[nn.Parameter]) -> None:
+    """In the first pass, before FSDP's own assertion: until then a model may be frozen or converted."""
+
+    @torch.compiler.disable(reason="checked once, outside of graphs")
+    def check(*_: Any) -> None:
+        _check_dtypes(model, units, apart)
+        first.remove()
+
+    first = model.register_forward_pre_hook(check, prepend=True)
+
+
+def _check_dtypes(model: nn.Module, units: list[nn.Module], apart: AbstractSet[nn.Parameter]) -> None:
+    """Raise ValueError where trained parameters of one unit differ in dtype: FSDP reduces them as one tensor."""
+    taken: set[nn.Parameter] = set(apart)
+    names = {param: name for name, param in model.named_parameters()}
+    for unit in units:
+        params = [param for param in unit.parameters() if param not in taken]
+        taken.update(params)
+        trained = [param for param in params if param.requires_grad]
+        other = next((param for param in trained if param.dtype != trained[0].dtype), None)
+        if other is not None:
+            raise ValueError(
+                f"{names[trained[0]]} ({trained[0].dtype}) and {names[other]} ({other.dtype}) are both trained, and "
+                "FSDP2 reduces one dtype. Convert the model first, e.g. model.float() with Plan(dtype='bfloat16'), or "
+                "freeze those of one dtype."
+            )
+
+
+def _homes(modules: list[nn.Module]) -> dict[nn.Parameter, tuple[nn.Module, str]]:
+    """Each parameter of `modules` with the module that holds it and its name there."""
+    homes: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    for owner in (owner for module in modules for owner in module.modules()):
+        for name, param in owner.named_parameters(recurse=False):
+            homes.setdefault(param, (owner, name))
+    return homes
 
 
 def expert_params(block: MoEBlock) -> list[nn.Parameter]:
@@ -147,37 +190,54 @@ class GradSync:
     def __init__(self) -> None:
         self.now = True
         self.num_bytes = 0
-        self._kept: dict[nn.Parameter, Tensor] = {}
+        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
+        self._attached: list[tuple[nn.Module, str, Hook]] = []
 
     def attach(
         self,
-        param: nn.Parameter,
+        owner: nn.Module,
+        name: str,
         group: dist.ProcessGroup | None,
         loss_size: int,
         replicas: ReplicaSum | None = None,
     ) -> None:
-        """Sum each new gradient of `param` over `group` and `replicas`, and divide it by the loss ranks."""
-        summed = replicas is not None or (group is not None and group.size() > 1)
-        if param.requires_grad and (loss_size > 1 or summed):
-            param.register_hook(lambda grad: self._take(param, grad, group, loss_size, replicas))
+        """Sum each new gradient of a parameter over `group` and `replicas`, and divide it by the loss ranks."""
+        if loss_size > 1 or replicas is not None or (group is not None and group.size() > 1):
+            hook = functools.partial(self._take, (owner, name), group, loss_size, replicas)
+            self._attached.append((owner, name, hook))
+            self.hold()
+
+    def hold(self) -> None:
+        """Put the hooks onto parameters that came without them: `model.to(dtype)` and `load_state_dict(assign=True)`
+        exchange a parameter, or what is in it."""
+        for owner, name, hook in self._attached:
+            param = owner.get_parameter(name)
+            # Swapping what is in a parameter keeps the dict of its hooks, and they are called no more until it is set.
+            param._backward_hooks = param._backward_hooks
+            if not param.is_floating_point() or hook in (param._backward_hooks or {}).values():
+                continue
+            # What is frozen now may be trained later.
+            trained = param.requires_grad
+            param.requires_grad_(True).register_hook(hook)
+            param.requires_grad_(trained)
 
     def _take(
         self,
-        param: nn.Parameter,
-        grad: Tensor,
+        home: tuple[nn.Module, str],
         group: dist.ProcessGroup | None,
         loss_size: int,
         replicas: ReplicaSum | None,
+        grad: Tensor,
     ) -> Tensor:
         if group is None and replicas is None:
             return grad / loss_size
         # A clone: autograd may hand the same gradient to another parameter.
         local = (grad.to_local() if isinstance(grad, DTensor) else grad).clone(memory_format=torch.contiguous_format)
-        kept = self._kept.pop(param, None)
+        kept = self._kept.pop(home, None)
         if kept is not None:
             local += kept
         if not self.now:
-            self._kept[param] = local
+            self._kept[home] = local
             return torch.zeros_like(grad)
         if group is not None:
             dist.all_reduce(local, group=group)
@@ -230,7 +290,7 @@ def not_last(model: nn.Module) -> Iterator[None]:
 
 def keep_gathered(model: nn.Module) -> None:
     """Under pp a parameter is gathered once a step and not once a micro-batch; `reduce_gradients` ends the step."""
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.set_reshard_after_backward(False, recurse=False)
         module.set_requires_gradient_sync(False, recurse=False)
@@ -243,11 +303,11 @@ def reduce_gradients(model: nn.Module) -> None:
     them; torch's own runtime ends a step like this too (`perform_reduce_grad` of its stages).
     """
     states = []
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         module.set_requires_gradient_sync(True, recurse=False)
         module.set_reshard_after_backward(True, recurse=False)
         states.append(module._get_fsdp_state())
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         for group in _param_groups(module):
             group.post_backward()
     for state in states:
@@ -257,8 +317,8 @@ def reduce_gradients(model: nn.Module) -> None:
 
 
 def shard_again(model: nn.Module) -> None:
-    """Free what `keep_gathered` keeps, after a step without gradients."""
-    for module in _fsdp_modules(model):
+    """Free what passes without a backward have left gathered, so that `model.parameters()` are those that train."""
+    for module in fsdp_modules(model):
         module.reshard()
 
 
@@ -268,5 +328,5 @@ def _param_groups(module: Any) -> list[Any]:
     return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]))
 
 
-def _fsdp_modules(model: nn.Module) -> list[Any]:
+def fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

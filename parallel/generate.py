@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moeweave.parallel.data import shard_again
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.record import Record
 from moeweave.parallel.staged_forward import generating, keeps_cache
@@ -36,12 +37,18 @@ def install_lockstep(model: nn.Module, record: Record) -> None:
             kwargs["use_cache"] = False
         with generating(pipeline) if pipeline is not None else nullcontext():
             voting = model.register_forward_pre_hook(lambda *_: _any_active(True, record), prepend=True)
+            record.generating = True
             try:
-                with _named_by_its_source(type(model)), _one_stream_of_numbers(record.mesh):
-                    generated = own(*args, **kwargs)
+                try:
+                    with _named_by_its_source(type(model)), _one_stream_of_numbers(record.mesh):
+                        generated = own(*args, **kwargs)
+                finally:
+                    voting.remove()
+                # Ranks that still generate and those that serve them must gather the same parameters.
+                _serve_until_all_done(model, record)
             finally:
-                voting.remove()
-            _serve_until_all_done(model, record)
+                record.generating = False
+            shard_again(model)
         return generated
 
     vars(model)["generate"] = generate

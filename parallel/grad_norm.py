@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from moeweave.parallel.data import shard_again
 from moeweave.parallel.hf.boxes import Slots
 from moeweave.parallel.names import copied_names
 from moeweave.parallel.placed import slots_of_replicas
@@ -35,6 +36,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     record = record_of(model)
     if record.plan.zero_stage is not None:
         return _clip_by_engine(record, max_norm, norm_type)
+    shard_again(model)
     named = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
     copies = copied_names(model)
     slots, experts = slots_of_replicas(model), {"ep": record.mesh.group("ep")}
@@ -149,6 +151,7 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     Example:
         >>> optimizer = torch.optim.AdamW(mw.param_groups(model, lr=1e-3))
     """
+    shard_again(model)
     groups: dict[Any, list[nn.Parameter]] = {}
     for param in model.parameters():
         if param.requires_grad:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moeweave.parallel.aux_loss import global_aux_loss, sum_over_ranks, sums_over_ranks
+from moeweave.parallel.aux_loss import balances, check_output, global_aux_loss, sum_over_ranks, sums_over_ranks
 from moeweave.parallel.data_deepspeed_config import check_accumulation
 from moeweave.parallel.microbatch import agree_on_lanes, run_passes
 from moeweave.parallel.record import Record, record_of
@@ -90,10 +91,16 @@ def forward_backward(model: nn.Module, batch: dict[str, Any], microbatches: int 
         The global loss, detached: the mean over data ranks.
 
     Raises:
-        ValueError: fewer rows than micro-batches. TypeError: the model returned no loss.
+        ValueError: fewer rows than micro-batches. TypeError: the batch is no mapping, or the model returned no loss.
     """
     record = record_of(model)
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch ({type(batch).__name__}) must be a dict of what forward takes, such as {{'input_ids': ..., "
+            "'labels': ...}."
+        )
     if record.pipeline is not None:
+        record.grad_sync.hold()
         piped: Tensor = record.pipeline.forward_backward(batch, microbatches)
         return piped
     lanes = agree_on_lanes(batch, microbatches, record)
@@ -211,13 +218,15 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
     if sums_over_ranks(record):
         for layer in record.layers:
             layer.reduce = functools.partial(sum_over_ranks, record=record)
-    # Not by a decorator, which would import Dynamo together with this module.
+    # Not by decorators, which would import Dynamo together with this module.
+    hold = torch.compiler.disable(record.grad_sync.hold, reason="hooks of parameters are put on outside of graphs")
     reason = "torch 2.11's Dynamo loses part of the gradient of the sum over ranks"
     global_loss = torch.compiler.disable(global_aux_loss, reason=reason)
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hold()
         record.num_items = kwargs.get("num_items_in_batch")
         record.balanced = False
         if record.mesh.loss_size == 1 or not record.takes_num_items or record.num_items is not None:
@@ -228,26 +237,35 @@ def install_loss_hooks(model: nn.Module, record: Record) -> None:
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         record.num_items = None
-        aux_local = getattr(output, "aux_loss", None)
-        if not isinstance(aux_local, Tensor) or record.balanced:
-            return output
-        aux = aux_local
-        if sums_over_ranks(record):
-            if not getattr(output, "router_logits", None):
-                raise ValueError(
-                    f"Plan.aux ('global') needs the router logits of the step, and {type(model).__name__} returned an "
-                    "aux_loss without them. Use Plan(aux='rank') to keep the model's own, per rank."
-                )
-            given = forward.bind_partial(*args, **kwargs).arguments
-            mask = {**given, **given.get("kwargs", {})}.get("attention_mask")
-            aux = global_loss(output.router_logits, aux_local, mask, record)
-        if output.loss is not None:
-            output.loss = output.loss + record.aux_coef * (aux * record.aux_share - aux_local)
-        output.aux_loss = aux
-        return output
+        given = forward.bind_partial(*args, **kwargs).arguments
+        return _with_global_aux(model, {**given, **given.get("kwargs", {})}, output, record, global_loss)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
+
+
+def _with_global_aux(
+    model: nn.Module, given: dict[str, Any], output: Any, record: Record, global_loss: Callable[..., Tensor]
+) -> Any:
+    """The output of `model(**given)`, its balance loss made the global batch's, by `global_aux_loss`, if the plan says
+    so."""
+    if sums_over_ranks(record) and balances(model, given):
+        check_output(output)
+    aux_local = getattr(output, "aux_loss", None)
+    if not isinstance(aux_local, Tensor) or record.balanced:
+        return output
+    aux = aux_local
+    if sums_over_ranks(record):
+        if not getattr(output, "router_logits", None):
+            raise ValueError(
+                f"Plan.aux ('global') needs the router logits of the step, and {type(model).__name__} returned an "
+                "aux_loss without them. Use Plan(aux='rank') to keep the model's own, per rank."
+            )
+        aux = global_loss(output.router_logits, aux_local, given.get("attention_mask"), record)
+    if output.loss is not None:
+        output.loss = output.loss + record.aux_coef * (aux * record.aux_share - aux_local)
+    output.aux_loss = aux
+    return output
 
 
 def _num_items(batch: dict[str, Any], record: Record) -> Tensor | None:

@@ -57,8 +57,10 @@ def materialize(model: nn.Module, device: torch.device | str, computed: Mapping[
         torch.__future__.set_swap_module_params_on_conversion(swapping)
     for param, (attributes, hooks, after_hooks) in kept.items():
         vars(param).update(attributes)
+        trained = param.requires_grad
         for hook in hooks:
-            param.register_hook(hook)
+            param.requires_grad_(True).register_hook(hook)
+        param.requires_grad_(trained)
         for hook in after_hooks:
             param.register_post_accumulate_grad_hook(hook)
     for name in wanted:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moeweave.comm.communicator import Communicator
 from moeweave.comm.overlap import LaneLocal, least_of_ranks, run_lanes
-from moeweave.parallel.data import no_sync, not_last
+from moeweave.parallel.data import fsdp_modules, no_sync, not_last
 from moeweave.parallel.hf.capture import records_are_shared
 from moeweave.parallel.plan import Plan
 from moeweave.parallel.record import Record
@@ -77,10 +77,6 @@ def in_lanes(model: nn.Module, passes: Sequence[Callable[[], T]], record: Record
     local += [_FSDPPass(module) for module in fsdp_modules(model)]
     local += [] if record.sequence is None else [record.sequence]
     return run_lanes(passes, local)
-
-
-def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager

@@ -15,13 +15,16 @@ from moeweave.moe.layer import MoELayer
 from moeweave.parallel.adapter import MoEBlock, UnsupportedModel, find_moe_blocks
 from moeweave.parallel.data import apply_data_parallel, repeated_blocks, splits_tokens
 from moeweave.parallel.data_deepspeed_config import check_zero
+from moeweave.parallel.evaluation import install_evaluation
 from moeweave.parallel.expert import ExpertCall, check_codec_width, install_expert_call, shard_experts
 from moeweave.parallel.expert_width import check_width
 from moeweave.parallel.generate import install_lockstep
+from moeweave.parallel.hf.capture import keep_recording
 from moeweave.parallel.hf.lora import base_model, call_with_hooks, install_deltas
 from moeweave.parallel.loss import install_loss_hooks
 from moeweave.parallel.mesh import Mesh
 from moeweave.parallel.microbatch import refuse_lanes
+from moeweave.parallel.no_ddp import refuse_ddp
 from moeweave.parallel.pipeline import Pipeline
 from moeweave.parallel.placed import place_blocks
 from moeweave.parallel.plan import Plan
@@ -29,6 +32,7 @@ from moeweave.parallel.prefill import install_prefill
 from moeweave.parallel.recompute import apply_recompute
 from moeweave.parallel.record import Record
 from moeweave.parallel.replicas import check_replicas
+from moeweave.parallel.same_weights import check_same_weights
 from moeweave.parallel.schedules import Layout
 from moeweave.parallel.sequence import SequenceSharing, install_sequence, shares_sequence
 from moeweave.parallel.stages import Cut, cut_model
@@ -52,7 +56,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
 
     Parameter names stay; router, block, shared experts and classes stay. Parameters on the meta device stay there, to
     be filled by `mw.load`; others move to the mesh's device. All ranks must pass the same weights: they are not
-    broadcast.
+    broadcast, and a sample of them is compared.
 
     Args:
         model: a Hugging Face model (transformers >= 5.0) or any nn.Module whose experts follow the call
@@ -64,11 +68,12 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
         `model` itself.
 
     Raises:
-        ValueError: the model is wrapped already, cannot be wrapped, or does not fit the mesh. Raised on every rank,
-            before any communication.
+        ValueError: the model is wrapped already, cannot be wrapped, or does not fit the mesh; ranks passed different
+            weights. Raised on every rank.
     """
     plan = plan or Plan()
     blocks = _find_and_check(model, mesh, plan)
+    check_same_weights(model, mesh)
     num_experts = blocks[0].num_experts if blocks else 0
     top_k = top_k_of(model)
     sharing = SequenceSharing(model, blocks, mesh, plan) if shares_sequence(mesh.sizes, plan) else None
@@ -99,12 +104,15 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan | None = None) -> nn.Mo
     install_loss_hooks(core, record)
     install_prefill(core, record)
     install_lockstep(core, record)
+    install_evaluation(core, record)
+    keep_recording(core)
     if cut is not None:
         record.pipeline = Pipeline(core, cut, layout, record, num_experts)
     if core is not model:
         call_with_hooks(core)
         vars(core)["_moeweave"] = record
     vars(model)["_moeweave"] = record
+    refuse_ddp(model)
     return model
 
 
@@ -130,6 +138,11 @@ def _find_and_check(model: nn.Module, mesh: Mesh, plan: Plan) -> list[MoEBlock]:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"{type(model).__name__} is what torch.compile returned. Wrap the model itself, and compile it afterwards, "
+            "in place, by model.compile()."
+        )
     for path, module in model.named_modules():
         parts = vars(module)
         if "_moeweave" in parts or isinstance(module, FSDPModule) or isinstance(parts.get("forward"), ExpertCall):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from moeweave.parallel.data import shard_again
 from moeweave.parallel.placed import slots_of_replicas
 from moeweave.parallel.record import Record, record_of
 
@@ -21,8 +23,9 @@ def prepare_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tor
         optimizer: new, over parameters of the model (`param_groups`).
 
     Raises:
-        ValueError: an optimizer that has taken steps or holds other parameters; parameters without memory; a fused one
-            for replicas of experts on a CPU.
+        ValueError: an optimizer that torch cannot step over sharded parameters, or that was made over parameters which
+            a pass had left gathered. With ZeRO: an optimizer that has taken steps or holds other parameters;
+            parameters without memory. With replicas of experts on a CPU: a fused one.
         RuntimeError: a deepspeed that is too old, or that runs on another device.
 
     Example:
@@ -30,6 +33,7 @@ def prepare_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tor
     """
     record = record_of(model)
     if record.plan.zero_stage is None:
+        _check(model, optimizer)
         _refuse_drift(model, optimizer, record)
         return optimizer
     from moeweave.parallel.data_deepspeed import prepare
@@ -45,3 +49,32 @@ def _refuse_drift(model: nn.Module, optimizer: torch.optim.Optimizer, record: Re
             f"{type(optimizer).__name__}(fused=True) rounds by a number's place in its tensor on a CPU, so replicas of "
             "experts (Plan.placement) would drift apart. Leave fused out."
         )
+
+
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where the optimizer would fail in its first step, or do something else than on one process."""
+    shard_again(model)
+    for group in optimizer.param_groups:
+        params = group["params"]
+        sharded = [isinstance(param, DTensor) for param in params]
+        if any(_is_freed(param) for param in params):
+            raise ValueError(
+                f"{type(optimizer).__name__} was made while a forward pass had left parameters gathered, and would "
+                "train copies of them. Make it over mw.param_groups(model)."
+            )
+        if any(sharded) and "Adafactor" in type(optimizer).__name__:
+            raise ValueError(
+                f"{type(optimizer).__name__} takes means over rows, columns and whole parameters, and does not do so "
+                "over sharded ones. Use an optimizer that works element by element, such as torch.optim.AdamW."
+            )
+        if any(sharded) and not all(sharded) and (group.get("foreach") or group.get("fused")):
+            raise ValueError(
+                f"{type(optimizer).__name__}(foreach or fused) cannot have sharded and whole parameters in one group. "
+                "Make it over mw.param_groups(model)."
+            )
+
+
+def _is_freed(param: torch.Tensor) -> bool:
+    if isinstance(param, DTensor) or param.is_meta:
+        return False
+    return param.numel() > 0 and param.untyped_storage().size() == 0

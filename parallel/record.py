@@ -36,6 +36,7 @@ class Record:
     pipeline: the `Pipeline` that runs the model's stages, under pp.
     grad_sync: reduces the gradients that neither FSDP nor DDP reduces.
     aux_checked: the model's aux loss was seen to follow the formula.
+    generating: `generate` is under way, whose passes keep parameters gathered.
     zero: the `Zero` that drives DeepSpeed's engine, once `prepare_optimizer` has made it.
     """
 
@@ -56,6 +57,7 @@ class Record:
     sequence: Any = None
     pipeline: Any = None
     grad_sync: GradSync = field(default_factory=GradSync)
+    generating: bool = False
     zero: Any = None
 
     @property
@@ -72,6 +74,11 @@ def record_of(model: nn.Module) -> Record:
         ValueError: `model` has not been through `parallelize`.
     """
     record = vars(model).get("_moeweave")
+    if record is None and hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"{type(model).__name__} is what torch.compile returned. Pass the model that `parallelize` returned, and "
+            "compile it in place, by model.compile()."
+        )
     if record is None:
         raise ValueError(f"{type(model).__name__} is not wrapped yet: call moeweave.parallelize(model, mesh) first.")
     return record
