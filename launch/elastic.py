@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moeweave.launch import env, failure, rank, rendezvous, stopping, watch
+from moeweave.launch.schema import ConfigError
 
 
 def start_ranks(
@@ -96,6 +99,32 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@contextmanager
+def passing_logs(prefix: str) -> Iterator[Path]:
+    """A temporary folder for ranks' logs. It stays where a rank failed, for the error names a file in it."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield folder
+    except failure.RankFailed:
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def check_device(field: str, device: str | None, num_ranks: int) -> None:
+    """Raises ConfigError where this machine lacks the device that `field` asks for, or has too few for its ranks."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device not in (None, "cpu") and (found is None or found.type != device):
+        there = "none" if found is None else found.type
+        raise ConfigError(f"{field}={device}: this machine's accelerator is {there}. Set {field}=cpu or leave it out.")
+    if device != "cpu" and found is not None and num_ranks > (count := torch.accelerator.device_count()):
+        raise ConfigError(
+            f"{num_ranks} ranks: this machine has {count} devices. Ask for {count} ranks, or set {field}=cpu."
+        )
 
 
 def has_accelerator() -> bool:

@@ -18,12 +18,13 @@ def checkpoint_to_resume(config: TrainConfig, folder: runlog.RunFolder) -> str |
         return None if own is None else str(own)
     if config.resume == "never":
         return None
-    named = Path(config.resume).absolute()
+    named = Path(config.resume).expanduser().absolute()
     if runlog.RunFolder(named).checkpoints.is_dir():
         named = mw.latest(runlog.RunFolder(named).checkpoints) or named
-    if named.parent == folder.checkpoints and own is not None and named.name != own.name:
+    if own is not None and named.resolve() != own.resolve():
+        held = "a newer checkpoint" if named.parent == folder.checkpoints else "a checkpoint of its own"
         raise ValueError(
-            f"resume={named}: run.dir holds a newer checkpoint, {own.name}, that this run would leave behind. "
+            f"resume={named}: run.dir holds {held}, {own.name}, that this run would leave behind. "
             "Use resume=auto, or begin a branch with run.dir=<new folder>."
         )
     return str(named)

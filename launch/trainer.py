@@ -83,7 +83,8 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     heart.beat(0, "the start")
     mesh = mw.Mesh(**asdict(config.mesh))
     run_folder = runlog.RunFolder(Path(agreement.from_rank_0(lambda: _choose_folder(config, folder))))
-    changed = agreement.from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
+    alone = ranks is None or ranks.restarts == 0
+    held = agreement.from_rank_0_only(lambda: runlog.record_start(run_folder, command, alone=alone))
     training = _set_up(config, mesh, run_folder, heart)
     checkpoint = agreement.from_rank_0(lambda: checkpoint_to_resume(config, run_folder))
     if checkpoint is not None:
@@ -91,6 +92,7 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     own = checkpoint is None or run_folder.checkpoints in Path(checkpoint).parents
     first_step = training.steps_done + 1
     metrics = agreement.from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, complete=own))
+    changed = agreement.from_rank_0(lambda: runlog.record_config(run_folder, to_yaml(config)))
     reporter = _reporter(config, mesh, first_step)
     try:
         _greet(reporter, training, checkpoint, changed)
@@ -104,6 +106,8 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     report = _prove(training) if config.proof and not stopped else None
     if mesh.rank == 0:
         _farewell(training, lines, report)
+    if held is not None:
+        held.close()
     heart.stop()
     dist.destroy_process_group()
     if stopped:
@@ -204,7 +208,11 @@ def _step(training: Training) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     num_tokens = config.batch_size * config.data.seq_length
     line: dict[str, Any] = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=expert_load.balance(load))
-    line |= dict(tokens=step * num_tokens, seconds=round(seconds, 4), tokens_per_second=round(num_tokens / seconds, 1))
+    line |= dict(
+        tokens=training.position * config.data.seq_length,
+        seconds=round(seconds, 4),
+        tokens_per_second=round(num_tokens / seconds, 1),
+    )
     if skipped:
         line |= dict(loss=None, grad_norm=None, skipped=True)  # JSON has no NaN
     if load and (step % config.log.load_every == 0 or step == 1):

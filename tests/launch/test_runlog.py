@@ -34,12 +34,49 @@ def test_a_named_folder_is_taken_as_it_is_but_not_a_file(tmp_path):
         runlog.choose("elsewhere", str(tmp_path / "file"), "x")
 
 
+def test_a_folder_inside_a_file_and_an_empty_name_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.dir=.*/file/a/b: .*/file is a file"):
+        runlog.choose("elsewhere", str(tmp_path / "file/a/b"), "x")
+    with pytest.raises(ConfigError, match=r"run.dir=: is empty"):
+        runlog.choose("elsewhere", "", "x")
+
+
+def test_a_folder_whose_config_is_not_of_a_run_is_refused(tmp_path):
+    folder = runlog.RunFolder(tmp_path)
+    folder.check_own()
+    folder.config.write_text("of: another program\n")
+    with pytest.raises(ConfigError, match=r"holds a config.yaml, and no run has left it there"):
+        folder.check_own()
+    runlog.record_start(folder, ["moeweave-train"]).close()
+    folder.check_own()
+
+
+def test_a_folder_that_a_run_writes_into_is_refused_to_others_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "SECONDS_TO_END", 0.0)
+    folder = runlog.RunFolder(tmp_path / "run")
+    runlog.check_free(folder)
+    held = runlog.record_start(folder, ["moeweave-train"])
+    for another in (lambda: runlog.check_free(folder), lambda: runlog.record_start(folder, ["moeweave-train"])):
+        with pytest.raises(ConfigError, match=r"another run is writing into it, started at 20.* on "):
+            another()
+    runlog.record_start(folder, ["moeweave-train"], alone=False).close()
+    held.close()
+    runlog.check_free(folder)
+
+
 def test_a_resume_drops_the_steps_after_the_checkpoint_and_the_line_cut_short(tmp_path):
     folder = folder_with(tmp_path, lines(1, 2, 3, 4) + '{"step": 5, "lo')
     metrics = runlog.Metrics(folder, first_step=3)
     metrics.add({"step": 3, "loss": 30.0})
     metrics.close()
     assert [(line["step"], line["loss"]) for line in runlog.read_metrics(folder)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.parametrize("line", ["hi", "3", '{"loss": 1.0}', "\x00\x00"])
+def test_a_line_that_is_no_step_is_named(tmp_path, line):
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is no step of a run. Restore the file"):
+        runlog.read_metrics(folder_with(tmp_path, lines(1) + line + "\n" + lines(3)))
 
 
 @pytest.mark.parametrize("held", [(1, 3), (1,), (1, 2, 2), ()])
@@ -55,8 +92,9 @@ def test_a_run_from_anothers_checkpoint_has_no_lines_before(tmp_path):
 
 def test_a_second_start_says_what_changed(tmp_path):
     folder = runlog.RunFolder(tmp_path / "run")
-    assert runlog.record_start(folder, "steps: 3\nseed: 0\n", ["moeweave-train", "steps=3"]) == []
-    assert runlog.record_start(folder, "steps: 5\nseed: 0\n", ["moeweave-train", "a b=5"]) == ["steps: 5"]
+    for config, command, changed in (("steps: 3", "steps=3", []), ("steps: 5", "a b=5", ["steps: 5"])):
+        runlog.record_start(folder, ["moeweave-train", command]).close()
+        assert runlog.record_config(folder, f"{config}\nseed: 0\n") == changed
     starts = [json.loads(line) for line in (folder.path / "started.jsonl").read_text().splitlines()]
     assert [start["command"] for start in starts] == ["moeweave-train steps=3", "moeweave-train 'a b=5'"]
     assert starts[0]["versions"]["torch"]
