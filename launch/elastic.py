@@ -6,6 +6,7 @@ rank those seconds. Beside accelerators, whose drivers do not survive a fork, th
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -34,8 +35,9 @@ def start_ranks(
 
     `fn` is a module-level function; it finds RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous in its environment, as
     under torchrun. Rank 0 keeps the terminal, the others write to `log_dir`. When a rank fails the others are stopped
-    within seconds; one that hangs is found by its beats (watch.py). Raises RankFailed with the first failure, and
-    Stopped (a KeyboardInterrupt) on ctrl-C, or after SIGTERM and what the ranks do then.
+    within seconds; one that hangs is found by its beats (watch.py). Raises RankFailed with the first failure,
+    HostFailed where there was no room to write one down, and Stopped (a KeyboardInterrupt) on ctrl-C, or after SIGTERM
+    and what the ranks do then.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     meeting, rounds = rendezvous.settings()
@@ -64,6 +66,9 @@ def start_ranks(
         if set(codes.values()) == {stopping.EXIT_CODE}:  # somebody asked the ranks themselves
             raise failure.Stopped("the ranks were stopped by SIGTERM", stopping.EXIT_CODE) from None
         raise failure.RankFailed(failure.first(log_dir, num_ranks, codes)) from None
+    except json.JSONDecodeError:  # torch's own record of the failure is empty
+        message = f"a rank failed, and could not write why into {log_dir}. Make room on that file system."
+        raise failure.HostFailed(message) from None
     except SignalException as error:
         code = stopping.EXIT_CODE if error.sigval == signal.SIGTERM else 130
         raise failure.Stopped(f"stopped by {signal.Signals(error.sigval).name}", code) from None
@@ -107,7 +112,7 @@ def passing_logs(prefix: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
         yield folder
-    except failure.RankFailed:
+    except (failure.RankFailed, failure.HostFailed):
         raise
     except BaseException:
         shutil.rmtree(folder)

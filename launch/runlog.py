@@ -3,7 +3,7 @@
 <root>/<date-time>-<name>/
   config.yaml        every field, resolved; `moeweave-train` with the same values repeats the run. A resume that is
                      refused leaves it as it is
-  started.jsonl      one line per start or resume: time, command, git state, versions, machine
+  started.jsonl      one line per start or resume: time, command, git state, versions, machine, checkpoint
   metrics.jsonl      one line per optimizer step, in order, none lost or repeated by a resume
   curves.png         loss, and load per expert
   checkpoints/       complete checkpoints, the newest few
@@ -106,8 +106,8 @@ def choose(root: str, directory: str | None, name: str) -> RunFolder:
     return RunFolder(path)
 
 
-def record_start(folder: RunFolder, command: list[str], *, alone: bool = True) -> IO[str]:
-    """Writes a line of started.jsonl and returns that file, open: as long as it is, another run refuses the folder.
+def hold(folder: RunFolder, *, alone: bool = True) -> IO[str]:
+    """started.jsonl, open: as long as it is, another run refuses the folder.
 
     Raises ConfigError where another run holds it, unless `alone` is False: ranks that are started again may do so while
     the ones before them, cut off on another host, still live.
@@ -117,9 +117,30 @@ def record_start(folder: RunFolder, command: list[str], *, alone: bool = True) -
     if not _lock(file) and alone:
         file.close()
         raise _taken(folder)
-    file.write(json.dumps(_start(command)) + "\n")
-    file.flush()
     return file
+
+
+def record_start(starts: IO[str], folder: RunFolder, command: list[str], checkpoint: str | None = None) -> None:
+    """Writes this start's line; `checkpoint` is what it goes on from."""
+    path = None if checkpoint is None else Path(checkpoint).resolve()
+    mine = path is not None and path.is_relative_to(folder.path.resolve())
+    shown = None if path is None else str(path.relative_to(folder.path.resolve()) if mine else path)
+    starts.write(json.dumps(_start(command) | {"checkpoint": shown}) + "\n")
+    starts.flush()
+
+
+def origin(folder: RunFolder) -> Path | None:
+    """The checkpoint of another run that this one began from; None for a run that began at step 1."""
+    starts = _starts(folder)
+    paths = [Path(start["checkpoint"]) if start.get("checkpoint") else None for start in starts]
+    begun = [path for path in paths if path is None or path.is_absolute()]  # the others went on from an own checkpoint
+    return begun[-1] if begun else None
+
+
+def first_step(folder: RunFolder) -> int:
+    """The first step that this run has taken itself."""
+    lines = read_metrics(folder) if origin(folder) is not None else []
+    return int(lines[0]["step"]) if lines else 1
 
 
 def check_free(folder: RunFolder) -> None:
@@ -149,11 +170,19 @@ def _lock_now(file: IO[str]) -> bool:
 
 
 def _taken(folder: RunFolder) -> ConfigError:
-    start = json.loads(folder.starts.read_text().splitlines()[-1])
+    starts = _starts(folder)  # none yet, where it has just begun
+    since = f", started at {starts[-1]['time']} on {starts[-1]['machine']['host']}" if starts else ""
     return ConfigError(
-        f"run.dir={folder.path}: another run is writing into it, started at {start['time']} on "
-        f"{start['machine']['host']}. Wait for its end or stop it, or name another folder."
+        f"run.dir={folder.path}: another run is writing into it{since}. Wait for its end or stop it, or name another "
+        "folder."
     )
+
+
+def _starts(folder: RunFolder) -> list[dict[str, Any]]:
+    """The whole lines of started.jsonl."""
+    if not folder.starts.exists():
+        return []
+    return [json.loads(line) for line in folder.starts.read_text().split("\n")[:-1] if line]
 
 
 def record_config(folder: RunFolder, config_yaml: str) -> list[str]:
@@ -168,17 +197,16 @@ def record_config(folder: RunFolder, config_yaml: str) -> list[str]:
 class Metrics:
     """metrics.jsonl: appends one line per step; a reader, and a resumed run, never see half of one."""
 
-    def __init__(self, folder: RunFolder, first_step: int, *, complete: bool = True):
-        """Keeps the lines of steps before `first_step` (1-based) and drops the rest, which will be run again.
+    def __init__(self, folder: RunFolder, first_step: int, *, since: int = 1):
+        """Keeps the lines of steps `since` to `first_step` - 1 and drops the rest, which will be run again.
 
-        `complete` is False for a run that began from another run's checkpoint, and so has no lines of its own before.
+        `since` is 1 (steps are counted from there) but for a run that began from another run's checkpoint.
         """
-        kept = [line for line in read_metrics(folder) if line["step"] < first_step]
-        steps = [line["step"] for line in kept]
-        if complete and steps != list(range(1, first_step)):
+        kept = [line for line in read_metrics(folder) if since <= line["step"] < first_step]
+        if [line["step"] for line in kept] != list(range(since, first_step)):
             raise ValueError(
-                f"{folder.metrics}: a checkpoint of step {first_step - 1} is beside it, but it does not hold steps 1 "
-                f"to {first_step - 1} once each. Restore it, or begin another run with run.dir=<new folder>."
+                f"{folder.metrics}: a checkpoint of step {first_step - 1} is beside it, but it does not hold steps "
+                f"{since} to {first_step - 1} once each. Restore it, or begin another run with run.dir=<new folder>."
             )
         partial = folder.metrics.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))

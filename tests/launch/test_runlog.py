@@ -11,6 +11,7 @@ from moeweave.launch.schema import ConfigError, OptimConfig
 
 def folder_with(tmp_path, text):
     folder = runlog.RunFolder(tmp_path)
+    folder.path.mkdir(exist_ok=True)
     folder.metrics.write_text(text)
     return folder
 
@@ -48,7 +49,7 @@ def test_a_folder_whose_config_is_not_of_a_run_is_refused(tmp_path):
     folder.config.write_text("of: another program\n")
     with pytest.raises(ConfigError, match=r"holds a config.yaml, and no run has left it there"):
         folder.check_own()
-    runlog.record_start(folder, ["moeweave-train"]).close()
+    runlog.hold(folder).close()
     folder.check_own()
 
 
@@ -56,11 +57,12 @@ def test_a_folder_that_a_run_writes_into_is_refused_to_others_until_it_ends(tmp_
     monkeypatch.setattr(runlog, "SECONDS_TO_END", 0.0)
     folder = runlog.RunFolder(tmp_path / "run")
     runlog.check_free(folder)
-    held = runlog.record_start(folder, ["moeweave-train"])
-    for another in (lambda: runlog.check_free(folder), lambda: runlog.record_start(folder, ["moeweave-train"])):
+    held = runlog.hold(folder)
+    runlog.record_start(held, folder, ["moeweave-train"])
+    for another in (lambda: runlog.check_free(folder), lambda: runlog.hold(folder)):
         with pytest.raises(ConfigError, match=r"another run is writing into it, started at 20.* on "):
             another()
-    runlog.record_start(folder, ["moeweave-train"], alone=False).close()
+    runlog.hold(folder, alone=False).close()
     held.close()
     runlog.check_free(folder)
 
@@ -85,15 +87,25 @@ def test_metrics_that_lack_or_repeat_a_step_before_the_checkpoint_are_refused(tm
         runlog.Metrics(folder_with(tmp_path, lines(*held)), first_step=3)
 
 
-def test_a_run_from_anothers_checkpoint_has_no_lines_before(tmp_path):
-    metrics = runlog.Metrics(runlog.RunFolder(tmp_path), first_step=3, complete=False)
-    assert metrics.lines == []
+def test_a_run_from_anothers_checkpoint_has_no_lines_before_and_goes_on_from_its_own(tmp_path):
+    folder = folder_with(tmp_path / "run", lines(1, 2))  # of an attempt from step 1 that saved nothing
+    assert runlog.Metrics(folder, first_step=3, since=3).lines == []
+    folder = folder_with(tmp_path / "run", lines(3, 4, 5))
+    with runlog.hold(folder) as starts:
+        runlog.record_start(starts, folder, ["moeweave-train"])
+        assert (runlog.origin(folder), runlog.first_step(folder)) == (None, 1)
+        another = tmp_path / "another/checkpoints/step-00000002"
+        for checkpoint in (another, folder.checkpoints / "step-00000004"):
+            runlog.record_start(starts, folder, ["moeweave-train"], str(checkpoint))
+            assert (runlog.origin(folder), runlog.first_step(folder)) == (another, 3)
+    assert [line["step"] for line in runlog.Metrics(folder, first_step=5, since=3).lines] == [3, 4]
 
 
 def test_a_second_start_says_what_changed(tmp_path):
     folder = runlog.RunFolder(tmp_path / "run")
     for config, command, changed in (("steps: 3", "steps=3", []), ("steps: 5", "a b=5", ["steps: 5"])):
-        runlog.record_start(folder, ["moeweave-train", command]).close()
+        with runlog.hold(folder) as starts:
+            runlog.record_start(starts, folder, ["moeweave-train", command])
         assert runlog.record_config(folder, f"{config}\nseed: 0\n") == changed
     starts = [json.loads(line) for line in (folder.path / "started.jsonl").read_text().splitlines()]
     assert [start["command"] for start in starts] == ["moeweave-train steps=3", "moeweave-train 'a b=5'"]

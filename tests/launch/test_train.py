@@ -159,14 +159,21 @@ def test_a_run_begins_from_the_checkpoint_of_another(tmp_path):
     )
     assert done.code == 0, done.err
     assert [line["step"] for line in metrics(tmp_path / "b")] == [5, 6]
-    again = run("train", *TINY, "steps=8", f"run.dir={tmp_path / 'b'}", f"resume={checkpoint}", cwd=tmp_path)
-    assert again.code == 1
-    assert "run.dir holds a checkpoint of its own, step-00000006, that this run would leave behind" in again.err
+    again = run(
+        "train", *TINY, "steps=7", "proof=false", f"run.dir={tmp_path / 'b'}", f"resume={checkpoint}", cwd=tmp_path
+    )
+    assert "resume  step 6 of 7" in again.out, again.err
+    assert [line["step"] for line in metrics(tmp_path / "b")] == [5, 6, 7]
     older = run("train", *TINY, "steps=8", "run.dir=a", "checkpoint.every=5", "proof=false", cwd=tmp_path)
     assert older.code == 0, older.err
     done = run("train", *TINY, "steps=8", "run.dir=a", "resume=a/checkpoints/step-00000005", cwd=tmp_path)
     assert done.code == 1
     assert "run.dir holds a newer checkpoint, step-00000008" in done.err
+    done = run(
+        "train", *TINY, "steps=8", f"run.dir={tmp_path / 'b'}", "resume=a/checkpoints/step-00000008", cwd=tmp_path
+    )
+    assert done.code == 1
+    assert "run.dir holds a checkpoint of its own, step-00000007, that this run would leave behind" in done.err
 
 
 @pytest.mark.parametrize("kind", ["foreign", "corrupt"])
