@@ -56,8 +56,10 @@ def run(program: Program, body: Callable[[Arguments], int], argv: Sequence[str] 
         return body(_read(arguments))
     except (RankFailed, HostFailed) as error:
         return _fail(program, str(error), 1)
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError) as error:
         return _fail(program, str(error), 2)
+    except OSError as error:
+        return _fail(program, str(error), 1)
     except KeyboardInterrupt as error:
         return _fail(program, str(error) or "interrupted", getattr(error, "code", 130))
 

@@ -43,7 +43,8 @@ def open_tokens(config: DataConfig) -> Tokens:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"data.path={path}: must end in one of {', '.join(SUFFIXES)}. Convert it, or rename it.")
     if not path.is_file():
-        raise ConfigError(f"data.path={path}: no such file; {_listing(path.parent)}. Correct the path.")
+        what = "is no file" if path.exists() else "no such file"
+        raise ConfigError(f"data.path={path}: {what}; {_listing(path.parent)}. Correct the path.")
     if path.suffix == ".txt":
         return Tokens(_mapped(path, np.uint8), str(path), BYTES)
     if path.suffix == ".jsonl":
@@ -97,7 +98,7 @@ def _mapped(path: Path, dtype: np.dtype | type) -> np.ndarray:
 def _array(path: Path) -> np.ndarray:
     try:
         ids_N = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ConfigError(f"data.path={path}: not a NumPy array ({error}). Save it with numpy.save.") from error
     if ids_N.ndim != 1 or ids_N.dtype not in (np.uint16, np.uint32):
         raise ConfigError(
@@ -109,7 +110,7 @@ def _array(path: Path) -> np.ndarray:
 
 def _json_lines(path: Path, field: str) -> np.ndarray:
     texts = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -117,6 +118,8 @@ def _json_lines(path: Path, field: str) -> np.ndarray:
                 texts.append(json.loads(line)[field])
             except json.JSONDecodeError as error:
                 raise ConfigError(f"data.path={path}: line {number} is not JSON ({error.msg}). Correct it.") from error
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"data.path={path}: line {number} is not UTF-8. Convert the file.") from error
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"data.path={path}: line {number} has no field {field!r}. Set data.field.") from error
             if not isinstance(texts[-1], str):

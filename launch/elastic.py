@@ -6,11 +6,14 @@ rank those seconds. Beside accelerators, whose drivers do not survive a fork, th
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moeweave.launch import env, failure, rank, rendezvous, stopping, watch
+from moeweave.launch.schema import ConfigError
 
 
 def start_ranks(
@@ -31,8 +35,9 @@ def start_ranks(
 
     `fn` is a module-level function; it finds RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous in its environment, as
     under torchrun. Rank 0 keeps the terminal, the others write to `log_dir`. When a rank fails the others are stopped
-    within seconds; one that hangs is found by its beats (watch.py). Raises RankFailed with the first failure, and
-    Stopped (a KeyboardInterrupt) on ctrl-C, or after SIGTERM and what the ranks do then.
+    within seconds; one that hangs is found by its beats (watch.py). Raises RankFailed with the first failure,
+    HostFailed where there was no room to write one down, and Stopped (a KeyboardInterrupt) on ctrl-C, or after SIGTERM
+    and what the ranks do then.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     meeting, rounds = rendezvous.settings()
@@ -61,6 +66,9 @@ def start_ranks(
         if set(codes.values()) == {stopping.EXIT_CODE}:  # somebody asked the ranks themselves
             raise failure.Stopped("the ranks were stopped by SIGTERM", stopping.EXIT_CODE) from None
         raise failure.RankFailed(failure.first(log_dir, num_ranks, codes)) from None
+    except json.JSONDecodeError:  # torch's own record of the failure is empty
+        message = f"a rank failed, and could not write why into {log_dir}. Make room on that file system."
+        raise failure.HostFailed(message) from None
     except SignalException as error:
         code = stopping.EXIT_CODE if error.sigval == signal.SIGTERM else 130
         raise failure.Stopped(f"stopped by {signal.Signals(error.sigval).name}", code) from None
@@ -96,6 +104,32 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@contextmanager
+def passing_logs(prefix: str) -> Iterator[Path]:
+    """A temporary folder for ranks' logs. It stays where a rank failed, for the error names a file in it."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield folder
+    except (failure.RankFailed, failure.HostFailed):
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def check_device(field: str, device: str | None, num_ranks: int) -> None:
+    """Raises ConfigError where this machine lacks the device that `field` asks for, or has too few for its ranks."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device not in (None, "cpu") and (found is None or found.type != device):
+        there = "none" if found is None else found.type
+        raise ConfigError(f"{field}={device}: this machine's accelerator is {there}. Set {field}=cpu or leave it out.")
+    if device != "cpu" and found is not None and num_ranks > (count := torch.accelerator.device_count()):
+        raise ConfigError(
+            f"{num_ranks} ranks: this machine has {count} devices. Ask for {count} ranks, or set {field}=cpu."
+        )
 
 
 def has_accelerator() -> bool:

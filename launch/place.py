@@ -39,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"moeweave.launch.place: refused: {error}", file=sys.stderr)
         return 2
+    try:
+        arguments.out.write_text(json.dumps(placed) + "\n")
+    except OSError as error:
+        print(f"moeweave.launch.place: refused: --out {arguments.out}: {error.strerror}", file=sys.stderr)
+        return 2
     Console().print(_table(load, placed, arguments.ep))
-    arguments.out.write_text(json.dumps(placed) + "\n")
     print(f"written to {arguments.out}; use it with plan.placement={arguments.out}")
     return 0
 
@@ -73,6 +77,12 @@ def _fullest(load_1E: torch.Tensor, slots: list[int], ep: int) -> str:
     return f"{float(loads.max() / loads.mean()):.3f}"
 
 
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moeweave.launch.place",
@@ -81,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a training run")
-    parser.add_argument("--ep", type=int, required=True, help="ranks that share out the experts")
+    parser.add_argument("--ep", type=_whole, required=True, help="ranks that share out the experts")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--last", type=int, default=10, help="lines with a load to sum, from the end (10)")
+    parser.add_argument("--last", type=_whole, default=10, help="lines with a load to sum, from the end (10)")
     parser.add_argument("--slots", type=int, help="experts that the ranks hold together; more than there are: replicas")
     parser.add_argument("--groups", type=int, default=1, help="groups that routing chooses by (1)")
     parser.add_argument("--nodes", type=int, default=1, help="hosts that the ranks lie on (1)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def check_model(model: ModelConfig, mesh: MeshConfig, plan: dict[str, Any]) -> n
     """The model on the meta device, once plan, architecture and mesh are known to fit. Raises ValueError."""
     parsed = Plan.from_dict(plan)
     _check_topology(plan.get("topology"))
+    if model.weights and not Path(model.source).expanduser().is_dir():
+        raise ConfigError(
+            f"model.weights=true: model.source={model.source} is no folder to read them from. Name one that holds "
+            "config.json and safetensors, or set model.weights=false."
+        )
     built = build_model(model.source, model.overrides, size=model.size, device="meta")
     check_zero(built, Plan.from_dict(plan), mesh.sizes())
     blocks = find_moe_blocks(built)

@@ -1,8 +1,9 @@
 """A run's folder: what was run, on what, and what came of it.
 
 <root>/<date-time>-<name>/
-  config.yaml        every field, resolved; `moeweave-train` with the same values repeats the run
-  started.jsonl      one line per start or resume: time, command, git state, versions, machine
+  config.yaml        every field, resolved; `moeweave-train` with the same values repeats the run. A resume that is
+                     refused leaves it as it is
+  started.jsonl      one line per start or resume: time, command, git state, versions, machine, checkpoint
   metrics.jsonl      one line per optimizer step, in order, none lost or repeated by a resume
   curves.png         loss, and load per expert
   checkpoints/       complete checkpoints, the newest few
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moeweave.launch.schema import ConfigError
 
@@ -33,6 +35,7 @@ PACKAGES = (
     "moeweave", "torch", "triton", "torch-npu", "transformers", "numpy", "hydra-core", "omegaconf", "safetensors",
     "deepspeed", "torchtitan",
 )  # fmt: skip
+SECONDS_TO_END = 3.0  # that ranks may live on after whoever started them was killed
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,36 @@ class RunFolder:
         starts = [path for path in logs.iterdir() if path.is_dir()] if logs.is_dir() else []
         return logs / str(len(starts))
 
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def starts(self) -> Path:
+        return self.path / "started.jsonl"
+
     def holds_a_run(self) -> bool:
         return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+    def check_own(self) -> None:
+        """Raises ConfigError where the folder holds a config.yaml that is not of a run, and would be replaced."""
+        if self.config.exists() and not self.starts.exists():
+            raise ConfigError(
+                f"run.dir={self.path}: holds a config.yaml, and no run has left it there (there is no started.jsonl). "
+                "Name another folder, or one that does not exist yet."
+            )
 
 
 def choose(root: str, directory: str | None, name: str) -> RunFolder:
     """The folder named by the config, or a new one that no other run has. Nothing is created."""
     if directory is not None:
+        if not directory:
+            raise ConfigError("run.dir=: is empty. Name a folder, or leave run.dir out for a new one.")
         path = Path(directory).expanduser().absolute()
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"run.dir={directory}: is a file. Name a folder, or one that does not exist yet.")
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            what = "is a file" if there == path else f"{there} is a file"
+            raise ConfigError(f"run.dir={directory}: {what}. Name a folder, or one that does not exist yet.")
         return RunFolder(path)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d-%H%M%S")
     path = Path(root).expanduser().absolute() / f"{stamp}-{name}"
@@ -83,31 +106,107 @@ def choose(root: str, directory: str | None, name: str) -> RunFolder:
     return RunFolder(path)
 
 
-def record_start(folder: RunFolder, config_yaml: str, command: list[str]) -> list[str]:
-    """Writes config.yaml and a line of started.jsonl. Returns the config lines that differ from the last start's."""
+def hold(folder: RunFolder, *, alone: bool = True) -> IO[str]:
+    """started.jsonl, open: as long as it is, another run refuses the folder.
+
+    Raises ConfigError where another run holds it, unless `alone` is False: ranks that are started again may do so while
+    the ones before them, cut off on another host, still live.
+    """
     folder.path.mkdir(parents=True, exist_ok=True)
-    path = folder.path / "config.yaml"
-    before = path.read_text().splitlines() if path.exists() else None
-    path.write_text(config_yaml)
-    with (folder.path / "started.jsonl").open("a") as file:
-        file.write(json.dumps(_start(command)) + "\n")
+    file = folder.starts.open("a")
+    if not _lock(file) and alone:
+        file.close()
+        raise _taken(folder)
+    return file
+
+
+def record_start(starts: IO[str], folder: RunFolder, command: list[str], checkpoint: str | None = None) -> None:
+    """Writes this start's line; `checkpoint` is what it goes on from."""
+    path = None if checkpoint is None else Path(checkpoint).resolve()
+    mine = path is not None and path.is_relative_to(folder.path.resolve())
+    shown = None if path is None else str(path.relative_to(folder.path.resolve()) if mine else path)
+    starts.write(json.dumps(_start(command) | {"checkpoint": shown}) + "\n")
+    starts.flush()
+
+
+def origin(folder: RunFolder) -> Path | None:
+    """The checkpoint of another run that this one began from; None for a run that began at step 1."""
+    starts = _starts(folder)
+    paths = [Path(start["checkpoint"]) if start.get("checkpoint") else None for start in starts]
+    begun = [path for path in paths if path is None or path.is_absolute()]  # the others went on from an own checkpoint
+    return begun[-1] if begun else None
+
+
+def first_step(folder: RunFolder) -> int:
+    """The first step that this run has taken itself."""
+    lines = read_metrics(folder) if origin(folder) is not None else []
+    return int(lines[0]["step"]) if lines else 1
+
+
+def check_free(folder: RunFolder) -> None:
+    """Raises ConfigError where another run, on this machine or on one that shares the folder, is writing into it."""
+    if folder.starts.exists():
+        with folder.starts.open("a") as file:
+            if not _lock(file):
+                raise _taken(folder)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Locks the file until it is closed, or its process ends. False where another process holds it."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while not (locked := _lock_now(file)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return locked
+
+
+def _lock_now(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _taken(folder: RunFolder) -> ConfigError:
+    starts = _starts(folder)  # none yet, where it has just begun
+    since = f", started at {starts[-1]['time']} on {starts[-1]['machine']['host']}" if starts else ""
+    return ConfigError(
+        f"run.dir={folder.path}: another run is writing into it{since}. Wait for its end or stop it, or name another "
+        "folder."
+    )
+
+
+def _starts(folder: RunFolder) -> list[dict[str, Any]]:
+    """The whole lines of started.jsonl."""
+    if not folder.starts.exists():
+        return []
+    return [json.loads(line) for line in folder.starts.read_text().split("\n")[:-1] if line]
+
+
+def record_config(folder: RunFolder, config_yaml: str) -> list[str]:
+    """Writes config.yaml. Returns the lines that differ from those of the last start."""
+    before = folder.config.read_text().splitlines() if folder.config.exists() else None
+    partial = folder.config.with_suffix(".partial")
+    partial.write_text(config_yaml)
+    partial.replace(folder.config)
     return [] if before is None else [line.strip() for line in config_yaml.splitlines() if line not in before]
 
 
 class Metrics:
     """metrics.jsonl: appends one line per step; a reader, and a resumed run, never see half of one."""
 
-    def __init__(self, folder: RunFolder, first_step: int, *, complete: bool = True):
-        """Keeps the lines of steps before `first_step` (1-based) and drops the rest, which will be run again.
+    def __init__(self, folder: RunFolder, first_step: int, *, since: int = 1):
+        """Keeps the lines of steps `since` to `first_step` - 1 and drops the rest, which will be run again.
 
-        `complete` is False for a run that began from another run's checkpoint, and so has no lines of its own before.
+        `since` is 1 (steps are counted from there) but for a run that began from another run's checkpoint.
         """
-        kept = [line for line in read_metrics(folder) if line["step"] < first_step]
-        steps = [line["step"] for line in kept]
-        if complete and steps != list(range(1, first_step)):
+        kept = [line for line in read_metrics(folder) if since <= line["step"] < first_step]
+        if [line["step"] for line in kept] != list(range(since, first_step)):
             raise ValueError(
-                f"{folder.metrics}: a checkpoint of step {first_step - 1} is beside it, but it does not hold steps 1 "
-                f"to {first_step - 1} once each. Restore it, or begin another run with run.dir=<new folder>."
+                f"{folder.metrics}: a checkpoint of step {first_step - 1} is beside it, but it does not hold steps "
+                f"{since} to {first_step - 1} once each. Restore it, or begin another run with run.dir=<new folder>."
             )
         partial = folder.metrics.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -130,11 +229,25 @@ class Metrics:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    """The whole lines of metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises ValueError for a line that no run has written.
+    """
     if not folder.metrics.exists():
         return []
-    lines = folder.metrics.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = folder.metrics.read_text(errors="replace").split("\n")
+    return [_metric(line, number, folder) for number, line in enumerate(lines[:-1], start=1) if line]
+
+
+def _metric(line: str, number: int, folder: RunFolder) -> dict[str, Any]:
+    with suppress(json.JSONDecodeError):
+        found = json.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            return found
+    raise ValueError(
+        f"{folder.metrics}: line {number} is no step of a run. Restore the file, or begin another run with "
+        "run.dir=<new folder>."
+    )
 
 
 def _start(command: list[str]) -> dict[str, Any]:

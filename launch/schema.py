@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from moeweave.parallel.mesh import MeshSizes
+
+DEVICES = ("cuda", "npu", "cpu")
 
 
 class ConfigError(ValueError):
@@ -29,6 +32,10 @@ def at_least(low: float, **values: float) -> None:
     for name, value in values.items():
         name = name.replace("__", ".")
         require(value >= low, name, value, f"must be at least {low}", f"Set {name}={low} or more.")
+
+
+def check_seed(seed: int) -> None:
+    require(0 <= seed < 1 << 63, "seed", seed, "must be at least 0 and below 2**63", "Choose such a number.")
 
 
 def one_of(name: str, value: str, legal: Iterable[str]) -> None:
@@ -68,6 +75,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         self.sizes()  # raises where they do not fit each other
+        if self.device is not None:
+            one_of("mesh.device", self.device, DEVICES)
 
     @property
     def data_size(self) -> int:
@@ -112,9 +121,14 @@ class OptimConfig:
             optim__clip_norm=self.clip_norm,
             optim__router_bias_rate=self.router_bias_rate,
         )
-        for name in ("beta1", "beta2", "min_lr_ratio"):
+        ratio = self.min_lr_ratio
+        require(0 <= ratio <= 1, "optim.min_lr_ratio", ratio, "must be between 0 and 1", "Choose a number in between.")
+        for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"optim.{name}", value, "must be between 0 and 1", "Choose a number in between.")
+            require(0 <= value < 1, f"optim.{name}", value, "must be at least 0 and below 1", "Choose such a number.")
+        for name in ("lr", "weight_decay", "clip_norm", "router_bias_rate"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"optim.{name}", value, "must be finite", "Choose a number.")
 
 
 @dataclass(frozen=True)
@@ -174,6 +188,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, batch_size=self.batch_size, microbatches=self.microbatches)
         at_least(0, max_skips=self.max_skips)
+        check_seed(self.seed)
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "is no file name", "Leave out any /.")
         one_of("on_nan", self.on_nan, ("stop", "skip"))
         parts = self.mesh.data_size * self.microbatches
         require(
@@ -208,6 +224,7 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         at_least(1, show=self.show)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -256,6 +273,9 @@ class BenchConfig:
         at_least(1, shared_hidden=self.shared_hidden, num_parts=self.num_parts)
         at_least(1, expert_hidden=self.expert_hidden, iterations=self.iterations, min_size=self.min_size)
         at_least(0, warmup=self.warmup)
+        check_seed(self.seed)
+        if self.device is not None:
+            one_of("device", self.device, DEVICES)
         at_least(self.min_size, max_size=self.max_size)
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require(bool(self.op), "op", self.op, "names no operation", "Write op=all_reduce, or a list.")

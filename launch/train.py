@@ -52,6 +52,7 @@ def start(config: TrainConfig) -> int:
         assert outcome is not None, "record returns what train returns, or raises"
     else:
         num_ranks = config.mesh.sizes().world
+        elastic.check_device("mesh.device", config.mesh.device, num_ranks)
         outcome = elastic.start_ranks(
             train,
             config,
@@ -83,12 +84,15 @@ def check(config: TrainConfig, folder: runlog.RunFolder) -> None:
     restarted = ranks is not None and ranks.restarts > 0
     if restarted and config.run.dir is None:
         raise ConfigError("run.dir=null: ranks that are started again must find their run. Set run.dir=<folder>.")
+    folder.check_own()
+    if ranks is None:
+        runlog.check_free(folder)
     if config.resume == "never" and folder.holds_a_run() and not restarted:
         raise ConfigError(
             f"run.dir={folder.path}: holds a run, and resume=never would overwrite it. "
             "Use resume=auto, or another folder."
         )
-    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+    if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().is_dir():
         raise ConfigError(f"resume={config.resume}: no such folder. Use auto, never, or a checkpoint folder's path.")
 
 

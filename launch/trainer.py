@@ -83,14 +83,18 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     heart.beat(0, "the start")
     mesh = mw.Mesh(**asdict(config.mesh))
     run_folder = runlog.RunFolder(Path(agreement.from_rank_0(lambda: _choose_folder(config, folder))))
-    changed = agreement.from_rank_0(lambda: runlog.record_start(run_folder, to_yaml(config), command))
-    training = _set_up(config, mesh, run_folder, heart)
+    alone = ranks is None or ranks.restarts == 0
+    starts = agreement.from_rank_0_only(lambda: runlog.hold(run_folder, alone=alone))
     checkpoint = agreement.from_rank_0(lambda: checkpoint_to_resume(config, run_folder))
+    agreement.from_rank_0(lambda: runlog.record_start(starts, run_folder, command, checkpoint))
+    training = _set_up(config, mesh, run_folder, heart)
     if checkpoint is not None:
         _resume(training, checkpoint)
     own = checkpoint is None or run_folder.checkpoints in Path(checkpoint).parents
     first_step = training.steps_done + 1
-    metrics = agreement.from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, complete=own))
+    since = agreement.from_rank_0(lambda: runlog.first_step(run_folder) if own else first_step)
+    metrics = agreement.from_rank_0_only(lambda: runlog.Metrics(run_folder, first_step, since=since))
+    changed = agreement.from_rank_0(lambda: runlog.record_config(run_folder, to_yaml(config)))
     reporter = _reporter(config, mesh, first_step)
     try:
         _greet(reporter, training, checkpoint, changed)
@@ -104,6 +108,8 @@ def train(config: TrainConfig, folder: str | None, command: list[str]) -> Outcom
     report = _prove(training) if config.proof and not stopped else None
     if mesh.rank == 0:
         _farewell(training, lines, report)
+    if starts is not None:
+        starts.close()
     heart.stop()
     dist.destroy_process_group()
     if stopped:
@@ -168,12 +174,16 @@ def _steps(training: Training, metrics: runlog.Metrics | None, reporter: progres
         if stop or done == config.steps or (every and done % every == 0):
             training.heart.beat(done, "the checkpoint")
             _save(training, metrics)
-        if stop and done < config.steps:
-            reporter.say(f"stop    SIGTERM: saved after step {done} of {config.steps}; resume=auto goes on from there")
-            wish.wait(SECONDS_TO_BE_ASKED)
-            return True
-    wish.end()
-    return False
+        if stop:
+            break
+    stop = agreement.any_rank(training.mesh, wish.asked)  # also while the last checkpoint was saved
+    if stop:
+        reached = f"step {training.steps_done} of {config.steps}"
+        reporter.say(f"stop    SIGTERM: saved after {reached}; resume=auto goes on from there")
+        wish.wait(SECONDS_TO_BE_ASKED)
+    else:
+        wish.end()
+    return stop
 
 
 def _step(training: Training) -> dict[str, Any]:
@@ -204,7 +214,11 @@ def _step(training: Training) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     num_tokens = config.batch_size * config.data.seq_length
     line: dict[str, Any] = dict(step=step, loss=loss, grad_norm=norm, lr=rate, balance=expert_load.balance(load))
-    line |= dict(tokens=step * num_tokens, seconds=round(seconds, 4), tokens_per_second=round(num_tokens / seconds, 1))
+    line |= dict(
+        tokens=training.position * config.data.seq_length,
+        seconds=round(seconds, 4),
+        tokens_per_second=round(num_tokens / seconds, 1),
+    )
     if skipped:
         line |= dict(loss=None, grad_norm=None, skipped=True)  # JSON has no NaN
     if load and (step % config.log.load_every == 0 or step == 1):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -59,15 +56,11 @@ def start(config: VerifyConfig) -> int:
         config.mesh.sizes().check_world(ranks.world)
         report = prove(config)
     else:
-        logs = Path(tempfile.mkdtemp(prefix="moeweave-verify-"))
-        report = elastic.start_ranks(
-            prove,
-            config,
-            num_ranks=config.mesh.sizes().world,
-            log_dir=logs,
-            on_cpu=config.mesh.device == "cpu" or not elastic.has_accelerator(),
-        )
-        shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
+        num_ranks = config.mesh.sizes().world
+        elastic.check_device("mesh.device", config.mesh.device, num_ranks)
+        on_cpu = config.mesh.device == "cpu" or not elastic.has_accelerator()
+        with elastic.passing_logs("moeweave-verify-") as logs:
+            report = elastic.start_ranks(prove, config, num_ranks=num_ranks, log_dir=logs, on_cpu=on_cpu)
     if ranks is None or ranks.rank == 0:
         _print(report, config, prepare.describe(model))
     code = 0 if report.ok else 1

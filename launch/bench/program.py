@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -129,9 +127,8 @@ def measured(*configs: BenchConfig) -> list[Line]:
     if ranks is not None:
         elastic.leave(int(any(line["wrong"] for line in rank_main(configs, world))))
     on_cpu = first.device == "cpu" or not elastic.has_accelerator()
-    logs = Path(tempfile.mkdtemp(prefix="moeweave-bench-"))
-    lines: list[Line] = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
-    shutil.rmtree(logs)  # stays where a rank failed: the error names a file in it
+    with elastic.passing_logs("moeweave-bench-") as logs:
+        lines: list[Line] = elastic.start_ranks(rank_main, configs, world, num_ranks=world, log_dir=logs, on_cpu=on_cpu)
     return lines
 
 
@@ -139,18 +136,11 @@ def check(config: BenchConfig, world: int, *, own_ranks: bool = True) -> None:
     """Raise ConfigError for what cannot run, before any rank starts; `own_ranks`: all on this machine."""
     if world < 2:
         raise ConfigError(f"ranks={world}: communication needs at least 2 ranks. Set ranks=2 or more.")
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if config.device not in (None, "cpu") and (found is None or found.type != config.device):
-        there = "none" if found is None else found.type
-        raise ConfigError(
-            f"device={config.device}: this machine's accelerator is {there}. Set device=cpu or leave it out."
-        )
-    on_cpu = config.device == "cpu" or found is None
-    if own_ranks and not on_cpu and world > torch.accelerator.device_count():
-        count = torch.accelerator.device_count()
-        raise ConfigError(f"ranks={world}: this machine has {count} devices. Set ranks={count}, or device=cpu.")
+    elastic.check_device("device", config.device, world if own_ranks else 1)
+    on_cpu = config.device == "cpu" or not elastic.has_accelerator()
     if config.graph and (on_cpu or not torch.version.cuda):
         raise ConfigError("graph=true: CUDA graphs need a CUDA device. Set graph=false.")
+    found = torch.accelerator.current_accelerator(check_available=True)
     if config.kernel_times and not on_cpu and found is not None and found.type != "cuda":
         raise ConfigError(f"kernel_times=true: reads the kernels of CUDA devices, not {found.type}. Leave it out.")
     files = {

@@ -65,7 +65,7 @@ def from_pretrained(
         CheckpointError: no such folder; damaged, quantised or foreign weights. On all ranks alike.
         ValueError: a config field that does not exist; a model or plan that `parallelize` refuses.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     with together():
         if not folder.is_dir():
             raise CheckpointError(

@@ -51,6 +51,8 @@ def test_memmaps_of_both_widths(tmp_path, dtype):
         ("a.txt", b"", "the file is empty"),
         ("a.bin", b"abc", "no whole number of uint16"),
         ("a.npy", b"not numpy", "not a NumPy array"),
+        ("a.npy", b"", "not a NumPy array"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no field 'text'"),
         ("a.jsonl", b'{"text": "a"}\n{oops\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is no text"),

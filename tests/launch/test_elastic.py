@@ -1,5 +1,6 @@
 """Ranks start, and end together: when one raises, is killed, or the user leaves. The first error is what is read."""
 
+import json
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moeweave.launch import elastic, failure
 from programs import fresh, run, start
 
 SECONDS = 60  # a rank that fails must take the others along well within this
@@ -46,6 +48,15 @@ def test_a_rank_that_exits_is_named(tmp_path):
     done = run("elastic_cases", "exits", cwd=tmp_path)
     assert (done.code, done.left) == (1, ())
     assert done.out.startswith("rank 1 failed: SystemExit: stopped on purpose")
+
+
+def test_a_rank_without_room_for_its_report_says_so(tmp_path, monkeypatch):
+    def launch(*_):
+        return lambda *_: json.loads("")  # as torch reads the empty record of a full disk
+
+    monkeypatch.setattr(elastic, "elastic_launch", launch)
+    with pytest.raises(failure.HostFailed, match=r"a rank failed, and could not write why into .*logs. Make room"):
+        elastic.start_ranks(print, num_ranks=2, log_dir=tmp_path / "logs")
 
 
 def test_where_the_other_ranks_were_is_kept(tmp_path):

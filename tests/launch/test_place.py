@@ -37,6 +37,11 @@ def test_what_cannot_be_placed_is_refused(tmp_path, capsys):
     assert main([str(tmp_path), "--ep", "2", "--out", out]) == 2
     assert "has no load of experts in metrics.jsonl. Name the folder of a training run." in capsys.readouterr().err
     folder = lines_of(tmp_path / "run", [{"a": [9, 9, 9, 9]}])
+    assert main([str(folder), "--ep", "2", "--out", str(tmp_path / "nowhere/out.json")]) == 2
+    assert "out.json: No such file or directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(folder), "--ep", "0", "--out", out])
+    assert "--ep: 0: must be a whole number of at least 1" in capsys.readouterr().err
     assert main([str(folder), "--ep", "3", "--out", out]) == 2
     assert "a: num_slots (4) must be a multiple of num_ranks (3)" in capsys.readouterr().err
 

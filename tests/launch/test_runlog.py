@@ -11,6 +11,7 @@ from moeweave.launch.schema import ConfigError, OptimConfig
 
 def folder_with(tmp_path, text):
     folder = runlog.RunFolder(tmp_path)
+    folder.path.mkdir(exist_ok=True)
     folder.metrics.write_text(text)
     return folder
 
@@ -34,6 +35,38 @@ def test_a_named_folder_is_taken_as_it_is_but_not_a_file(tmp_path):
         runlog.choose("elsewhere", str(tmp_path / "file"), "x")
 
 
+def test_a_folder_inside_a_file_and_an_empty_name_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.dir=.*/file/a/b: .*/file is a file"):
+        runlog.choose("elsewhere", str(tmp_path / "file/a/b"), "x")
+    with pytest.raises(ConfigError, match=r"run.dir=: is empty"):
+        runlog.choose("elsewhere", "", "x")
+
+
+def test_a_folder_whose_config_is_not_of_a_run_is_refused(tmp_path):
+    folder = runlog.RunFolder(tmp_path)
+    folder.check_own()
+    folder.config.write_text("of: another program\n")
+    with pytest.raises(ConfigError, match=r"holds a config.yaml, and no run has left it there"):
+        folder.check_own()
+    runlog.hold(folder).close()
+    folder.check_own()
+
+
+def test_a_folder_that_a_run_writes_into_is_refused_to_others_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "SECONDS_TO_END", 0.0)
+    folder = runlog.RunFolder(tmp_path / "run")
+    runlog.check_free(folder)
+    held = runlog.hold(folder)
+    runlog.record_start(held, folder, ["moeweave-train"])
+    for another in (lambda: runlog.check_free(folder), lambda: runlog.hold(folder)):
+        with pytest.raises(ConfigError, match=r"another run is writing into it, started at 20.* on "):
+            another()
+    runlog.hold(folder, alone=False).close()
+    held.close()
+    runlog.check_free(folder)
+
+
 def test_a_resume_drops_the_steps_after_the_checkpoint_and_the_line_cut_short(tmp_path):
     folder = folder_with(tmp_path, lines(1, 2, 3, 4) + '{"step": 5, "lo')
     metrics = runlog.Metrics(folder, first_step=3)
@@ -42,21 +75,38 @@ def test_a_resume_drops_the_steps_after_the_checkpoint_and_the_line_cut_short(tm
     assert [(line["step"], line["loss"]) for line in runlog.read_metrics(folder)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+@pytest.mark.parametrize("line", ["hi", "3", '{"loss": 1.0}', "\x00\x00"])
+def test_a_line_that_is_no_step_is_named(tmp_path, line):
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is no step of a run. Restore the file"):
+        runlog.read_metrics(folder_with(tmp_path, lines(1) + line + "\n" + lines(3)))
+
+
 @pytest.mark.parametrize("held", [(1, 3), (1,), (1, 2, 2), ()])
 def test_metrics_that_lack_or_repeat_a_step_before_the_checkpoint_are_refused(tmp_path, held):
     with pytest.raises(ValueError, match=r"does not hold steps 1 to 2 once each.*run.dir=<new folder>"):
         runlog.Metrics(folder_with(tmp_path, lines(*held)), first_step=3)
 
 
-def test_a_run_from_anothers_checkpoint_has_no_lines_before(tmp_path):
-    metrics = runlog.Metrics(runlog.RunFolder(tmp_path), first_step=3, complete=False)
-    assert metrics.lines == []
+def test_a_run_from_anothers_checkpoint_has_no_lines_before_and_goes_on_from_its_own(tmp_path):
+    folder = folder_with(tmp_path / "run", lines(1, 2))  # of an attempt from step 1 that saved nothing
+    assert runlog.Metrics(folder, first_step=3, since=3).lines == []
+    folder = folder_with(tmp_path / "run", lines(3, 4, 5))
+    with runlog.hold(folder) as starts:
+        runlog.record_start(starts, folder, ["moeweave-train"])
+        assert (runlog.origin(folder), runlog.first_step(folder)) == (None, 1)
+        another = tmp_path / "another/checkpoints/step-00000002"
+        for checkpoint in (another, folder.checkpoints / "step-00000004"):
+            runlog.record_start(starts, folder, ["moeweave-train"], str(checkpoint))
+            assert (runlog.origin(folder), runlog.first_step(folder)) == (another, 3)
+    assert [line["step"] for line in runlog.Metrics(folder, first_step=5, since=3).lines] == [3, 4]
 
 
 def test_a_second_start_says_what_changed(tmp_path):
     folder = runlog.RunFolder(tmp_path / "run")
-    assert runlog.record_start(folder, "steps: 3\nseed: 0\n", ["moeweave-train", "steps=3"]) == []
-    assert runlog.record_start(folder, "steps: 5\nseed: 0\n", ["moeweave-train", "a b=5"]) == ["steps: 5"]
+    for config, command, changed in (("steps: 3", "steps=3", []), ("steps: 5", "a b=5", ["steps: 5"])):
+        with runlog.hold(folder) as starts:
+            runlog.record_start(starts, folder, ["moeweave-train", command])
+        assert runlog.record_config(folder, f"{config}\nseed: 0\n") == changed
     starts = [json.loads(line) for line in (folder.path / "started.jsonl").read_text().splitlines()]
     assert [start["command"] for start in starts] == ["moeweave-train steps=3", "moeweave-train 'a b=5'"]
     assert starts[0]["versions"]["torch"]

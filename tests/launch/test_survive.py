@@ -103,6 +103,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, whole):
     assert losses(tmp_path / "broken") == whole
 
 
+def test_sigterm_during_the_last_save_ends_the_run_without_its_proof(tmp_path):
+    arguments = [*TINY, "steps=2", "proof=true", "run.dir=run"]
+    done = run("launch_cases", "train", "stop_in_the_last_save", *arguments, cwd=tmp_path)
+    assert (done.code, done.left) == (143, ()), done.err
+    assert "stop    SIGTERM: saved after step 2 of 2" in done.out
+    assert not (tmp_path / "run/proof.json").exists()
+
+
 # ---- NaN
 
 

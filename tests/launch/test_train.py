@@ -137,15 +137,18 @@ def test_a_run_goes_on_over_other_ranks(tmp_path):
 def test_more_steps_go_on_from_the_end(tmp_path):
     folder = f"run.dir={tmp_path / 'run'}"
     assert run("train", *TINY, "steps=2", "proof=false", folder, cwd=tmp_path).code == 0
-    done = run("train", *TINY, "steps=4", "proof=false", folder, cwd=tmp_path)
+    done = run("train", *TINY, "steps=4", "batch_size=8", "proof=false", folder, cwd=tmp_path)
     assert "resume  step 2 of 4" in done.out
     assert len(losses(tmp_path / "run")) == 4
+    assert [line["tokens"] for line in metrics(tmp_path / "run")] == [64, 128, 256, 384]  # 4, then 8 times 16 a step
+    before = (tmp_path / "run/config.yaml").read_text()
     refused = run("train", *TINY, "steps=4", "resume=never", folder, cwd=tmp_path)
     assert refused.code == 2
     assert "holds a run, and resume=never would overwrite it" in refused.err
     other = run("train", *TINY, "steps=6", "proof=false", folder, "seed=1", cwd=tmp_path)
     assert other.code == 1
     assert "seed=0, this run seed=1" in other.err
+    assert (tmp_path / "run/config.yaml").read_text() == before
 
 
 def test_a_run_begins_from_the_checkpoint_of_another(tmp_path):
@@ -156,11 +159,21 @@ def test_a_run_begins_from_the_checkpoint_of_another(tmp_path):
     )
     assert done.code == 0, done.err
     assert [line["step"] for line in metrics(tmp_path / "b")] == [5, 6]
+    again = run(
+        "train", *TINY, "steps=7", "proof=false", f"run.dir={tmp_path / 'b'}", f"resume={checkpoint}", cwd=tmp_path
+    )
+    assert "resume  step 6 of 7" in again.out, again.err
+    assert [line["step"] for line in metrics(tmp_path / "b")] == [5, 6, 7]
     older = run("train", *TINY, "steps=8", "run.dir=a", "checkpoint.every=5", "proof=false", cwd=tmp_path)
     assert older.code == 0, older.err
     done = run("train", *TINY, "steps=8", "run.dir=a", "resume=a/checkpoints/step-00000005", cwd=tmp_path)
     assert done.code == 1
     assert "run.dir holds a newer checkpoint, step-00000008" in done.err
+    done = run(
+        "train", *TINY, "steps=8", f"run.dir={tmp_path / 'b'}", "resume=a/checkpoints/step-00000008", cwd=tmp_path
+    )
+    assert done.code == 1
+    assert "run.dir holds a checkpoint of its own, step-00000007, that this run would leave behind" in done.err
 
 
 @pytest.mark.parametrize("kind", ["foreign", "corrupt"])
@@ -206,6 +219,9 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, kind):
         (["model.overrides.vocab_size=100"], "Set model.overrides.vocab_size=256 or more"),
         (["model=llama"], "has no experts to share out. Set mesh.ep=1"),
         (["model=switch_transformers"], "SwitchTransformersExperts"),
+        (["mesh.device=npu"], "mesh.device=npu: this machine's accelerator is "),
+        (["model.weights=true"], "model.source=qwen3_moe is no folder to read them from"),
+        (["run.dir=/proc/nothing"], "/proc/nothing"),
         (["resume=nowhere"], "resume=nowhere: no such folder"),
         (["plan.topology=nowhere.json"], "topology (nowhere.json) must be a file"),
         (["--stpes"], "unknown option --stpes"),
@@ -242,6 +258,9 @@ def test_ctrl_c_ends_a_run(tmp_path):
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert time.monotonic() < deadline, running.output()
         time.sleep(0.05)
+    second = run("train", *TINY, "steps=100000", f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert second.code == 2
+    assert "another run is writing into it" in second.err
     running.interrupt()
     done = running.wait(30)
     assert (done.code, done.left) == (130, ())
