@@ -47,7 +47,7 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, t
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     """Of compiled libraries, gone with this process."""
-    return tempfile.TemporaryDirectory(prefix="moeweave-cuda-on-cpu-")
+    return tempfile.TemporaryDirectory(prefix="cuda-on-cpu-")
 
 
 def _library(text: str, defines: Mapping[str, int], mode: int) -> ctypes.CDLL:
