@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeweave.comm.engines_cuda import timeout_of
-from moeweave.comm.onesided_launch import OneSidedError, set_tensors
+from moeweave.comm.kernel_reports import KernelReports
+from moeweave.comm.onesided_launch import set_tensors
 from moeweave.comm.pending import Pending
 from moeweave.comm.streams import Streams
 from moeweave.comm.watchdog import watch
@@ -184,24 +185,20 @@ def _refuse_capture(blocks: Blocks) -> None:
         )
 
 
-class DeviceSignals:
+class DeviceSignals(KernelReports):
     """`Signals` in a window of their own, by the kernels of `block_signals`.
 
     Args:
         window: of `num_bytes(size)`. timeout: seconds that one wait may take.
         launch: runs a kernel of `block_signals`, one block, on the current stream.
-
-    Attributes:
-        told: whether a reported failure was raised.
     """
 
     def __init__(self, window: CudaWindow, timeout: float, launch: Callable[[str, Any], None]) -> None:
-        self.window, self.timeout, self.told = window, timeout, False
-        device, self._run = window.peers.device, launch
-        self._state = torch.zeros(block_signals.STATE_WORDS, dtype=torch.int32, device=device)
-        self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        super().__init__(window, timeout)
+        self._run = launch
+        self._state = torch.zeros(block_signals.STATE_WORDS, dtype=torch.int32, device=window.peers.device)
         self._base = onesided.params_type()()
-        set_tensors(self._base, peers=window.peers, state=self._state, report=self._report)
+        set_tensors(self._base, peers=window.peers, state=self._state, report=self.report)
         cells = 8 * len(CHANNELS) * window.size
         values = dict(window=int(window.peers[window.rank]), deadline=int(timeout * 1e9), rank=window.rank)
         for name, value in {**values, "world": window.size, "at_acks": 128, "at_cells": 128 + cells}.items():
@@ -218,23 +215,9 @@ class DeviceSignals:
     def close(self, channel: int, arrived: Tensor) -> None:
         self._launch("moeweave_blocks_close", kind=channel, rows=arrived.data_ptr(), capacity=arrived.numel())
 
-    def check(self) -> None:
-        error = self.error()
-        if error is not None:
-            self.told = True
-            raise error
-
-    def error(self) -> OneSidedError | None:
-        """What a wait that has ended has reported. No synchronisation."""
-        failed, channel, wait, awaited, reporter = self._report[:5].tolist()
-        if not failed:
-            return None
-        (plane, name), rank = CHANNELS[channel], self.window.rank
-        said = "" if reporter == rank else f", as rank {reporter} reports"
-        return OneSidedError(
-            f"{plane} plane, rank {rank} of {self.window.size}: {name} waited {self.timeout:g} s for the "
-            f"{onesided.WAITS[wait]} of rank {awaited}{said}. Results are NaN. Restart the ranks of this group."
-        )
+    def names_of(self, kind: int) -> tuple[str, str]:
+        plane, name = CHANNELS[kind]
+        return f"{plane} plane", name
 
     def _launch(self, kernel: str, **fields: int) -> None:
         params = type(self._base).from_buffer_copy(self._base)

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeweave.comm.kernel_reports import KernelReports
 from moeweave.comm.onesided_runtime import Compiled, CudaRuntime, Runtime
 from moeweave.comm.windows_cuda import CudaWindow, WindowMap
 from moeweave.kernels_ext import onesided
-
-
-class OneSidedError(RuntimeError):
-    """A rank died, is late, or failed. Results of the operations since are NaN, and later ones fail at once."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Budget:
         return cls(senders, sms)
 
 
-class Launcher:
+class Launcher(KernelReports):
     """Launches over one window, in order.
 
     Args:
@@ -65,21 +62,17 @@ class Launcher:
         device: of the window.
         state: int32 on the device, the kernels' counters.
         runtime: as given, or the device's.
-        told: whether a reported failure was raised.
     """
 
     def __init__(
         self, window: CudaWindow, window_map: WindowMap, timeout: float, budget: Budget | None,
         runtime: Runtime | None = None,
     ) -> None:  # fmt: skip
-        self.window, self.window_map, self.timeout = window, window_map, timeout
-        self.device = window.peers.device
+        super().__init__(window, timeout)
+        self.window_map, self.device = window_map, window.peers.device
         self.budget = budget or Budget.of(self.device)
         self.state = torch.zeros(onesided.STATE_WORDS, dtype=torch.int32, device=self.device)
         self.runtime = runtime or CudaRuntime(self.device)
-        self.told = False
-        pinned = self.device.type == "cuda"
-        self._report = torch.zeros(8 + onesided.MAX_BLOCKS, dtype=torch.int64, pin_memory=pinned)
         self._base = self._fixed_params()
 
     def params(self, kind: str) -> Any:
@@ -126,34 +119,19 @@ class Launcher:
     @property
     def num_dropped(self) -> int:
         """Routes that found no room here, over all dispatches that have ended. No synchronisation."""
-        return int(self._report[8:].sum())
+        return int(self.report[8:].sum())
 
     @property
     def num_planned(self) -> int:
         """Rows that the last plan that has ended found."""
-        return int(self._report[6])
+        return int(self.report[6])
 
-    def check(self) -> None:
-        """Raise OneSidedError if an operation that has ended has failed. No synchronisation."""
-        error = self.error()
-        if error is not None:
-            self.told = True
-            raise error
-
-    def error(self) -> OneSidedError | None:
-        """What an operation that has ended has reported."""
-        failed, kind, wait, awaited, reporter = self._report[:5].tolist()
-        if not failed:
-            return None
-        what, said = onesided.OPERATIONS[kind], "" if reporter == self.window.rank else f", as rank {reporter} reports"
-        return OneSidedError(
-            f"onesided, rank {self.window.rank} of {self.window.size}: {what} waited {self.timeout:g} s for the "
-            f"{onesided.WAITS[wait]} of rank {awaited}{said}. Its results are NaN. Restart the ranks of this group."
-        )
+    def names_of(self, kind: int) -> tuple[str, str]:
+        return "onesided", onesided.OPERATIONS[kind]
 
     def _fixed_params(self) -> Any:
         params, window, room = onesided.params_type()(), self.window, self.window_map
-        set_tensors(params, peers=window.peers, state=self.state, report=self._report)
+        set_tensors(params, peers=window.peers, state=self.state, report=self.report)
         # id * magic >> 32 is id / num_local for ids below 65536; 0 stands for 1 expert a rank.
         magic = 0 if room.num_local == 1 else ceil_div(1 << 32, room.num_local)
         values = dict(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from moeweave.comm.blocks_cuda import Area, CudaBlocks, DeviceSignals, signals_of
 from moeweave.comm.codec import Codec
-from moeweave.comm.onesided_launch import OneSidedError
 from moeweave.comm.planes import new_plane_group
 from moeweave.comm.streams import make_streams
 from moeweave.comm.three_stream import ThreeStream
@@ -30,8 +28,9 @@ from moeweave.comm.windows_cuda import SymmetricWindow
 from moeweave.moe.experts import Experts, local_experts
 from moeweave.moe.layer import SharedExperts
 from moeweave.moe.router import Router
+from rank_processes import DEADLINE, rank_main
 
-ROWS, WIDTH, EXPERTS, TOP_K, DEADLINE = 50, 512, 12, 4, 10.0
+ROWS, WIDTH, EXPERTS, TOP_K = 50, 512, 12, 4
 
 
 def link_for(device: torch.device, world: int) -> CudaBlocks:
@@ -115,27 +114,17 @@ def layers(link: CudaBlocks, rank: int, world: int) -> None:
         assert torch.equal(y_TD, want)
 
 
-def main() -> None:
-    rank, world, file, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    alone = torch.cuda.device_count() < world
-    if alone:  # several ranks on one GPU: only the link is missing
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    torch.cuda.set_device(0 if alone else rank)
-    backend = "gloo" if alone else "cuda:nccl,cpu:gloo"
-    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=world)
-    link, start = link_for(torch.device("cuda", torch.cuda.current_device()), world), time.monotonic()
-    try:
+def prepare(device: torch.device, world: int) -> Callable[[int, int, str], None]:
+    link = link_for(device, world)
+
+    def run(rank: int, world: int, case: str) -> None:
         if case == "layer":
             layers(link, rank, world)
         else:
             exchanges(link, rank, world, 7, dies=case == "killed")
-    except OneSidedError as error:
-        print(f"{time.monotonic() - start:.1f} s: {error}", flush=True)
-        os._exit(3)  # the groups of a dead rank cannot be taken down in order
-    print("done", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+
+    return run
 
 
 if __name__ == "__main__":
-    main()
+    rank_main(prepare)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from moeweave.comm.engines_cuda import open_engine
 from moeweave.comm.onesided_cuda import CudaEngine
-from moeweave.comm.onesided_launch import Budget, OneSidedError
+from moeweave.comm.onesided_launch import Budget
 from moeweave.comm.windows_cuda import SymmetricWindow, WindowMap
 from moeweave.kernels_ext.onesided import reference
+from rank_processes import DEADLINE, rank_main
 
-TOKENS, WIDTH, EXPERTS, TOP_K, DEADLINE = 50, 512, 12, 4, 10.0
+TOKENS, WIDTH, EXPERTS, TOP_K = 50, 512, 12, 4
 
 
 def engine_for(device: torch.device, world: int) -> CudaEngine:
@@ -51,25 +51,10 @@ def round_trips(engine: CudaEngine, rank: int, world: int, rounds: int, dies: bo
         assert torch.equal(y, want[rank])
 
 
-def main() -> None:
-    rank, world, file, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    alone = torch.cuda.device_count() < world
-    if alone:  # several ranks on one GPU: only the link is missing
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    torch.cuda.set_device(0 if alone else rank)
-    backend = "gloo" if alone else "cuda:nccl,cpu:gloo"
-    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=world)
-    engine = engine_for(torch.device("cuda", torch.cuda.current_device()), world)
-    start = time.monotonic()
-    try:
-        round_trips(engine, rank, world, 6, dies=case == "killed")
-    except OneSidedError as error:
-        print(f"{time.monotonic() - start:.1f} s: {error}", flush=True)
-        os._exit(3)  # the groups of a dead rank cannot be taken down in order
-    print("done", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+def prepare(device: torch.device, world: int) -> Callable[[int, int, str], None]:
+    engine = engine_for(device, world)
+    return lambda rank, world, case: round_trips(engine, rank, world, 6, dies=case == "killed")
 
 
 if __name__ == "__main__":
-    main()
+    rank_main(prepare)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeweave.comm.blocks_cuda import CHANNELS, Area, CudaBlocks, DeviceSignals
-from moeweave.comm.onesided_launch import OneSidedError
+from moeweave.comm.kernel_reports import OneSidedError
 from moeweave.comm.streams import make_streams
 from moeweave.comm.window_planes import WindowPlanes
 from moeweave.kernels_ext import block_signals, onesided

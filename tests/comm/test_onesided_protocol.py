@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cuda_on_cpu import needs_gxx
+from moeweave.comm.kernel_reports import OneSidedError
 from moeweave.comm.onesided_cuda import CudaArrived, CudaEngine
-from moeweave.comm.onesided_launch import Budget, OneSidedError
+from moeweave.comm.onesided_launch import Budget
 from moeweave.comm.watchdog import watch
 from moeweave.kernels_ext.onesided import EPOCHS, KINDS, MAX_BLOCKS, reference
 from onesided_cases import (
