@@ -30,6 +30,7 @@ import yaml
 
 from moeweave.launch import elastic, runlog
 from moeweave.launch.compare import figures
+from moeweave.launch.compare.files import file_of_figures, file_to_write
 from moeweave.launch.compare.methods import RIVAL, Method, check, defaults, parse
 from moeweave.launch.compare.on_ranks import Job, rank_main
 from moeweave.launch.failure import RankFailed
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
     if args.show:
-        print(figures.markdown(json.loads(args.show.read_text())))
+        print(figures.markdown(args.show))
         return 0
     try:
         job, methods = _job(args), _methods(args)
@@ -117,9 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--within", type=int, default=450, help="seconds in which all should be done (default: 450)")
     add("--limit", type=int, default=150, help="seconds after which a method is given up (default: 150)")
     add("--device", choices=("cpu",), help="CPU ranks also beside accelerators")
-    add("--out", type=Path, help="write all figures here as JSON")
+    add("--out", type=file_to_write, help="write all figures here as JSON")
     add("--sha", help="commit, where the measuring machine has no git")
-    add("--show", type=Path, metavar="FILE", help="print the Markdown table of such a file, and measure nothing")
+    add(
+        "--show",
+        type=file_of_figures,
+        metavar="FILE",
+        help="print the Markdown table of such a file, and measure nothing",
+    )
     return parser
 
 

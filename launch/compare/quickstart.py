@@ -32,6 +32,7 @@ from torch import nn
 import moeweave as mw
 from moeweave.kernels_ext.tolerance import TOLERANCE
 from moeweave.launch import data, runlog
+from moeweave.launch.compare.files import file_to_write
 from moeweave.launch.compare.on_ranks import timed
 from moeweave.launch.compose import load
 from moeweave.launch.elastic import start_ranks
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {"what": args.what, "rounds": args.rounds, "config": asdict(config), **runlog.provenance()}
     console.print(_table(result))
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written: {args.out}")
     return 0
 
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", choices=RANKS, help="ep: against transformers' EP, 2 ranks; ep1: unwrapped, 1 rank")
     parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds; at least 20")
-    parser.add_argument("--out", help="write all figures here as JSON")
+    parser.add_argument("--out", type=file_to_write, help="write all figures here as JSON")
     return parser
 
 

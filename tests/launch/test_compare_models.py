@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moeweave.launch.compare import figures
+from moeweave.launch.compare import figures, models, quickstart
 from moeweave.launch.compare.methods import check, defaults, parse
 from moeweave.launch.compare.on_ranks import Job, measure
 from moeweave.launch.schema import ConfigError
@@ -46,6 +46,24 @@ def test_what_cannot_run_is_refused_by_name(word: str, said: str) -> None:
     with pytest.raises(ConfigError, match="method") as caught:
         check(parse(word), 4, "train")
     assert said.lower() in str(caught.value).lower() and repr(word) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (models.main, ["--show", "missing.json"], "No such file"),
+        (models.main, ["--show", "other.json"], "holds no methods"),
+        (models.main, ["--show", "."], "Is a directory"),
+        (models.main, ["--out", "missing/found.json"], "no file can be written there"),
+        (quickstart.main, ["ep", "--out", "."], "no file can be written there"),
+    ],
+)
+def test_files_are_checked_before_anything_is_measured(main, words, said, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["train", "prefill"])
